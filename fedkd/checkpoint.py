@@ -1,0 +1,90 @@
+"""Nested dicts and lists of tensors on disk: a safetensors file for the tensors, JSON for the rest. No pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+_TENSOR, _LIST = "#tensor", "#list"
+
+
+def save(tree: Mapping[str, Any], folder: Path) -> None:
+    """Write a tree as ``tensors.safetensors`` and ``tree.json`` into an existing folder.
+
+    Parameters
+    ----------
+    tree : mapping
+        Nested mappings (string keys) and lists of tensors, numbers, strings, booleans and None.
+    folder : Path
+        Where to write.
+
+    Raises
+    ------
+    TypeError
+        A leaf or key is of another type.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def strip(value: Any, path: str) -> Any:
+        if isinstance(value, Tensor):
+            tensors[path] = value.detach().cpu().contiguous().clone()
+            return {_TENSOR: path}
+        if isinstance(value, Mapping):
+            if not all(isinstance(key, str) for key in value):
+                raise TypeError(f"{path or 'the state'} has keys that are no strings")
+            return {key: strip(inner, f"{path}/{key}") for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return {_LIST: [strip(inner, f"{path}/{i}") for i, inner in enumerate(value)]}
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise TypeError(f"{path}: a {type(value).__name__} cannot be part of a checkpoint")
+
+    text = json.dumps(strip(tree, ""))
+    save_file(tensors, folder / "tensors.safetensors")
+    (folder / "tree.json").write_text(text)
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """Read what `save` wrote.
+
+    Raises
+    ------
+    OSError
+        A file is missing.
+    """
+    tensors = load_file(folder / "tensors.safetensors")
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, dict):
+            if _TENSOR in value:
+                return tensors[value[_TENSOR]]
+            if _LIST in value:
+                return [fill(inner) for inner in value[_LIST]]
+            return {key: fill(inner) for key, inner in value.items()}
+        return value
+
+    return fill(json.loads((folder / "tree.json").read_text()))
+
+
+def bytes_to_tensor(data: bytes) -> Tensor:
+    """Return bytes as a uint8 tensor, so that they can be part of a tree."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def tensor_to_bytes(tensor: Tensor) -> bytes:
+    """Undo `bytes_to_tensor`."""
+    return tensor.numpy().tobytes()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, then rename it: it is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -1,0 +1,220 @@
+"""What is checked before a scenario runs, beyond each setting by itself (see `fedkd.scenario` for that)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedkd import losses, models, plugins
+from fedkd.client.terms import check_teacher
+from fedkd.data import sources
+from fedkd.data.local import find_file
+from fedkd.data.partition import check as check_partition
+from fedkd.errors import DataError, ScenarioError
+from fedkd.scenario import Scenario, did_you_mean, raise_all
+
+if TYPE_CHECKING:
+    from fedkd.data.federation import Federation
+
+
+def check(scenario: Scenario) -> None:
+    """Check what concerns several settings, or names things, without loading data.
+
+    Raises
+    ------
+    ScenarioError
+        With every mistake that was found, in one message.
+    """
+    checks: list[Callable[[Scenario], Any]] = [
+        _data,
+        lambda s: check_partition(s.partition),
+        _local_splits,
+        _proxy,
+        _models,
+        _strategy,
+        _terms,
+        _batches,
+        _device,
+        _participation,
+    ]
+    errors: dict[tuple[str, str], ScenarioError] = {}
+    for one in checks:
+        try:
+            one(scenario)
+        except ScenarioError as error:
+            errors.setdefault((error.key, error.problem), error)
+    raise_all(errors.values())
+
+
+def check_data(scenario: Scenario, federation: Federation) -> None:
+    """Check a scenario against its resolved federation.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        As it was read.
+    federation : Federation
+        What `fedkd.data.federation.build_federation` made of it.
+
+    Raises
+    ------
+    ScenarioError
+        With every mistake that was found, in one message.
+    """
+    errors: list[ScenarioError] = []
+    if len(federation.eligible) == 0:
+        hint = "use fewer clients, or keep less for validation and test"
+        errors.append(ScenarioError("no client has a training sample", key="partition.clients", hint=hint))
+    proxy = federation.proxy
+    if proxy is not None and scenario.proxy.size > len(proxy):
+        problem = (
+            f"must be at most {len(proxy)}, what {scenario.proxy.source} holds, is {scenario.proxy.size}"
+        )
+        errors.append(ScenarioError(problem, key="proxy.size", hint="0 takes all there is"))
+    if "same-shape" in getattr(plugins.strategy_class(scenario.strategy.name), "requires", ()) and (
+        proxy is not None and not proxy.same_shape
+    ):
+        problem = (
+            f"{scenario.strategy.name} needs a proxy set of the task's shape; {proxy.source} has another"
+        )
+        errors.append(ScenarioError(problem, key="proxy.source", hint='use source = "held-out"'))
+    for key, name in _names(scenario):
+        try:
+            models.check(name, federation.dataset.kind, key)
+        except ScenarioError as error:
+            errors.append(error)
+    raise_all(errors)
+
+
+def students(scenario: Scenario) -> list[str]:
+    """Return the architectures that a scenario names for its clients, in order, each once."""
+    student = scenario.models.student
+    return [student] if isinstance(student, str) else list(dict.fromkeys(student))
+
+
+def _names(scenario: Scenario) -> list[tuple[str, str]]:
+    server = [("models.server", scenario.models.server)] if scenario.models.server else []
+    return [("models.student", name) for name in students(scenario)] + server
+
+
+def _data(scenario: Scenario) -> None:
+    _source(scenario.data.source, "data.source", scenario.data.folder)
+
+
+def _source(source: str, key: str, folder: str, more: tuple[str, ...] = ()) -> None:
+    kind, _, name = source.partition(":")
+    patterns = {pattern.partition(":")[0]: pattern for pattern in sources.names()}
+    if kind not in patterns:
+        known = [*more, *patterns.values()]
+        near = did_you_mean(kind, [*more, *patterns], "")
+        hint = (near.split("? ")[0] + "? " if near.startswith("did") else "") + "known: " + ", ".join(known)
+        raise ScenarioError(f"unknown data set {source!r}", key=key, hint=hint)
+    if (":" in patterns[kind]) != bool(name):
+        raise ScenarioError(
+            f"{source!r} should read {patterns[kind]!r}", key=key, hint="see fedkd list datasets"
+        )
+    if kind == "npz":
+        try:
+            find_file(name, folder)
+        except DataError as error:
+            problem, *rest = str(error).splitlines()
+            raise ScenarioError(problem, key=key, hint="\n  ".join(line.strip() for line in rest)) from None
+
+
+def _local_splits(scenario: Scenario) -> None:
+    if scenario.run.evaluate_clients != "none" and scenario.partition.test == 0:
+        problem = f"{scenario.run.evaluate_clients!r} needs test data on the clients, and they have none"
+        raise ScenarioError(problem, key="run.evaluate_clients", hint="add [partition] test = 0.2, say")
+
+
+def _proxy(scenario: Scenario) -> None:
+    spec = scenario.proxy
+    if spec.source == "none":
+        for key in ("size", "labelled"):
+            if getattr(spec, key):
+                hint = 'add source = "held-out", or leave it out'
+                raise ScenarioError(
+                    "there is no proxy set that it could apply to", key=f"proxy.{key}", hint=hint
+                )
+        return
+    if spec.labelled and spec.source != "held-out":
+        problem = f"must be false for {spec.source!r}, whose labels are not the task's, is true"
+        raise ScenarioError(problem, key="proxy.labelled", hint='labels come with source = "held-out" alone')
+    if spec.source not in ("held-out", "noise"):
+        _source(spec.source, "proxy.source", scenario.data.folder, more=("none", "held-out", "noise"))
+
+
+def _models(scenario: Scenario) -> None:
+    student = scenario.models.student
+    if not student:
+        raise ScenarioError(
+            f"must name at least one model, is {student!r}", key="models.student", hint='such as "cnn"'
+        )
+    if isinstance(student, dict) and (min(student.values()) < 0 or sum(student.values()) <= 0):
+        raise ScenarioError(f"shares must be >= 0 and not all 0, are {student!r}", key="models.student")
+    errors = []
+    for key, name in _names(scenario):
+        try:
+            models.check(name, key=key)
+        except ScenarioError as error:
+            errors.append(error)
+    raise_all(errors)
+    if scenario.models.pretrained and not Path(scenario.models.pretrained).expanduser().is_file():
+        problem = f"there is no file {scenario.models.pretrained!r}"
+        raise ScenarioError(
+            problem, key="models.pretrained", hint="a safetensors file; empty = random weights"
+        )
+
+
+def _strategy(scenario: Scenario) -> None:
+    strategy = plugins.make_strategy(scenario)
+    archs = students(scenario)
+    if len(archs) > 1 and not getattr(strategy, "heterogeneous", True):
+        problem = (
+            f"{scenario.strategy.name} needs one model for all clients, the scenario has {', '.join(archs)}"
+        )
+        raise ScenarioError(problem, key="models.student", hint="name one model, or use feddf, dsfl or fd")
+
+
+def _terms(scenario: Scenario) -> None:
+    errors = []
+    for term in scenario.client.terms:
+        try:
+            losses.check_term(term.loss, term.options)
+        except ScenarioError as error:
+            errors.append(error)
+    raise_all(errors)
+    if scenario.client.terms:
+        shares_weights = getattr(plugins.strategy_class(scenario.strategy.name), "shares_weights", True)
+        for term in scenario.client.terms:
+            check_teacher(term.teacher, shares_weights=shares_weights)
+
+
+def _batches(scenario: Scenario) -> None:
+    if scenario.models.norm == "batch" and scenario.client.batch_size == 1:
+        hint = 'use client.batch_size >= 2, or models.norm = "group"'
+        raise ScenarioError("BatchNorm cannot train on batches of 1", key="client.batch_size", hint=hint)
+
+
+def _device(scenario: Scenario) -> None:
+    device = scenario.system.device
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise ScenarioError(
+            f"must be auto, cpu, cuda or cuda:N, is {device!r}",
+            key="system.device",
+            hint="auto takes a GPU if there is one",
+        )
+
+
+def _participation(scenario: Scenario) -> None:
+    clients, share = scenario.partition.clients, scenario.run.participation
+    selected = math.floor(share * clients + 0.5)
+    if selected < 1:
+        problem = f"{share:g} of {clients} clients is nobody"
+        raise ScenarioError(problem, key="run.participation", hint=f"must be at least {1 / clients:g} here")
+    if scenario.system.min_replies > selected:
+        problem = f"must be at most {selected}, the clients of a round, is {scenario.system.min_replies}"
+        raise ScenarioError(problem, key="system.min_replies", hint="raise run.participation, or lower it")

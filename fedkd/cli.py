@@ -1,0 +1,407 @@
+"""The ``fedkd`` command. Heavy libraries are imported by the commands that need them: help is instant."""
+
+from __future__ import annotations
+
+import keyword
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fedkd import __version__
+from fedkd.errors import FedKDError, RunError, ScenarioError
+from fedkd.scenario import did_you_mean, errors_in, find, load, shipped
+
+if TYPE_CHECKING:
+    from fedkd.data.federation import Federation
+    from fedkd.scenario import Document
+    from fedkd.sweep import Cell
+
+app = typer.Typer(
+    help="Federated distillation, simulated.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+new = typer.Typer(help="Write the start of something of your own.", no_args_is_help=True)
+app.add_typer(new, name="new")
+console = Console()
+
+ScenarioArgument = Annotated[
+    str, typer.Argument(metavar="SCENARIO", help="Name of an installed scenario, or a TOML file.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: --set strategy.temperature=3"),
+]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option("--cache", metavar="FOLDER", help="Where decoded data are kept; also $FEDKD_CACHE."),
+]
+OutOption = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where results go.")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments; those of the process by default.
+
+    Returns
+    -------
+    int
+        0; 2 for a wrong command line, scenario or data; 1 for a run that failed; 130 after Ctrl-C.
+    """
+    try:
+        code = app(args=None if argv is None else list(argv), prog_name="fedkd", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt) as interrupt:
+        stopped = interrupt.__cause__ if isinstance(interrupt, click.Abort) else interrupt
+        folder = getattr(stopped, "folder", None)
+        _complain("interrupted" + (f"; go on with: fedkd resume {folder}" if folder else ""))
+        return 130
+    except FedKDError as error:
+        _complain(f"error: {error}")
+        return 1 if isinstance(error, RunError) else 2
+    except BrokenPipeError:  # the reader of a pipe has gone: nothing to say, nobody to say it to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _complain(text: str) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(text, markup=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fedkd {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# --- running -------------------------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    scenario: ScenarioArgument,
+    set_: SetOption = None,
+    out: OutOption = Path("runs"),
+    cache: CacheOption = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join: auto, or HOST:PORT.")] = None,
+    engine: Annotated[str | None, typer.Option(help="ray, or inline: everything in this process.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; 0 = one per core.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run again what is already finished.")] = False,
+) -> None:
+    """Run a scenario; where it has a sweep, all of its cells that are not finished."""
+    system = {"address": address, "engine": engine, "workers": workers}
+    given = [f"system.{key}={value}" for key, value in system.items() if value is not None]
+    document, cells = _checked(scenario, [*(set_ or []), *given], cache)
+    from fedkd.run import execute_sweep
+    from fedkd.screen import Screen
+
+    with Screen(console, cells) as screen:
+        finished, failed = execute_sweep(cells, out=out, file=document.file, fresh=fresh, listener=screen)
+    screen.conclude(finished, out / document.scenario.name)
+    for cell, error in failed:
+        _complain(f"error: {cell.title}: {error}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def resume(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of an interrupted run, such as runs/quickstart/1a2b3c4d.")
+    ],
+    cache: CacheOption = None,
+) -> None:
+    """Go on with an interrupted run, to the same results as without the interruption."""
+    _use_cache(cache)
+    from fedkd import run as runs
+    from fedkd.screen import Screen
+
+    with Screen(console) as screen:
+        result = runs.resume(folder, listener=screen)
+    screen.conclude([(None, result)], folder)
+
+
+@app.command()
+def validate(scenario: ScenarioArgument, set_: SetOption = None, cache: CacheOption = None) -> None:
+    """Check a scenario and its data without running it."""
+    document, cells = _checked(scenario, set_ or [], cache)
+    names = ", ".join(dict.fromkeys(cell.title for cell in cells))
+    count = "one cell" if len(cells) == 1 else f"{len(cells)} cells"
+    console.print(
+        f"{escape(document.file)}: valid, {count}: {escape(names)}", highlight=False, soft_wrap=True
+    )
+
+
+@app.command()
+def partition(
+    scenario: ScenarioArgument,
+    set_: SetOption = None,
+    out: OutOption = Path("runs"),
+    cache: CacheOption = None,
+) -> None:
+    """Show how a scenario divides its data among clients: table, skew figures and picture, no training."""
+    document, cells = _checked(scenario, set_ or [], cache)
+    from fedkd.report import partition_figure
+    from fedkd.screen import print_federation
+
+    shown: dict[bytes, str] = {}
+    for cell in cells:
+        federation = _federation(document, cell)
+        if shown.setdefault(federation.counts.tobytes(), cell.title) != cell.title:
+            continue
+        title = print_federation(console, cell.scenario, federation)
+        stem = "partition" if len(shown) == 1 else f"partition-{len(shown)}"
+        path = out / cell.scenario.name / stem
+        for file in partition_figure(federation.counts, federation.dataset.classes, path, title=title):
+            console.print(str(file), markup=False, highlight=False, soft_wrap=True)
+
+
+def _use_cache(cache: Path | None) -> None:
+    if cache is not None:
+        os.environ["FEDKD_CACHE"] = str(cache.expanduser().absolute())
+
+
+def _checked(scenario: str, overrides: Sequence[str], cache: Path | None) -> tuple[Document, list[Cell]]:
+    """Read a scenario and check all that can be checked, data included, before anything is written."""
+    _use_cache(cache)
+    document = load(scenario, overrides)
+    from fedkd.sweep import expand
+
+    cells = expand(document)
+    for cell in cells:
+        _federation(document, cell)
+    return document, cells
+
+
+def _federation(document: Document, cell: Cell) -> Federation:
+    from fedkd.checks import check_data
+    from fedkd.data.federation import build_federation
+
+    with errors_in(document.file):
+        federation = build_federation(cell.scenario)
+        check_data(cell.scenario, federation)
+    return federation
+
+
+# --- looking -------------------------------------------------------------------------------------------
+
+
+def _strategies() -> dict[str, str]:
+    from fedkd import plugins
+
+    return plugins.summaries()
+
+
+def _models() -> dict[str, str]:
+    from fedkd import models
+
+    return {name: models.describe(name) for name in models.names()}
+
+
+def _datasets() -> dict[str, str]:
+    from fedkd.data import sources
+
+    return sources.names()
+
+
+def _partitioners() -> dict[str, str]:
+    from fedkd.data.partition import names
+
+    return names()
+
+
+def _scenarios() -> dict[str, str]:
+    return {name: load(name).scenario.description for name in shipped()}
+
+
+def _losses() -> dict[str, str]:
+    from fedkd import losses
+
+    return losses.names()
+
+
+KINDS: dict[str, Callable[[], dict[str, str]]] = {
+    "strategies": _strategies,
+    "scenarios": _scenarios,
+    "models": _models,
+    "datasets": _datasets,
+    "partitioners": _partitioners,
+    "losses": _losses,
+}
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[
+        str, typer.Argument(metavar="[" + "|".join(KINDS) + "]", help="What to list; all if empty.")
+    ] = "",
+) -> None:
+    """List strategies, scenarios, models, data sets, partitioners or losses."""
+    if kind and kind not in KINDS:
+        raise ScenarioError(f"cannot list {kind!r}", hint=did_you_mean(kind, KINDS))
+    for title in [kind] if kind else ["strategies", "scenarios"]:
+        table = Table(
+            title=None if kind else title, title_justify="left", box=None, show_header=False, pad_edge=False
+        )
+        table.add_column(no_wrap=True, style="bold")
+        table.add_column(overflow="fold")
+        for name, line in KINDS[title]().items():
+            table.add_row(escape(name), escape(line))
+        console.print(table)
+    if not kind:
+        console.print(
+            "\nfedkd list models | datasets | partitioners | losses; fedkd describe NAME", markup=False
+        )
+    elif kind == "strategies":
+        console.print("\nand flwr:NAME for Flower's own, module:attribute for yours", markup=False)
+
+
+@app.command()
+def describe(
+    name: Annotated[str, typer.Argument(help="A strategy, scenario, model, data set, partitioner or loss.")],
+) -> None:
+    """Tell what a strategy does, sends, requires and can be set to; or what a model, loss, … is."""
+    from fedkd import plugins
+
+    if name in plugins.strategy_names() or (
+        ":" in name and not name.startswith(("npz:", "torchvision:", "hub:"))
+    ):
+        _describe_strategy(name, plugins.strategy_class(name))
+        return
+    if name in shipped():
+        for line in find(name).read_text(encoding="utf-8").split("\n\n")[0].splitlines():
+            console.print(line.removeprefix("#").strip(), markup=False, highlight=False)
+        console.print(f"\n{find(name)}", markup=False, highlight=False, soft_wrap=True)
+        return
+    known = [*plugins.strategy_names(), *shipped()]
+    for kind in ("models", "datasets", "partitioners", "losses"):
+        entries = KINDS[kind]()
+        known += entries
+        for entry, line in entries.items():
+            if name == entry or (":" in entry and name.partition(":")[0] == entry.partition(":")[0]):
+                console.print(f"{entry} ({kind}): {line}", markup=False, highlight=False)
+                return
+    raise ScenarioError(f"nothing is called {name!r}", hint=did_you_mean(name, known))
+
+
+def _describe_strategy(name: str, cls: Any) -> None:
+    from fedkd import plugins
+
+    doc = [" ".join(part.split()) for part in (cls.__doc__ or "").split("\n\n") if part.strip()]
+    requires = ", ".join(sorted(cls.requires)) or "nothing"
+    presets = {"paper": {}} | dict(cls.presets)
+    rows = {
+        "paper": " ".join([doc[0] if doc else "", cls.paper]).strip(),
+        "year": str(cls.year or ""),
+        "sends up": cls.travels_up,
+        "sends down": cls.travels_down,
+        "requires": requires,
+        "several architectures": "yes" if cls.heterogeneous else "no",
+        "pitfalls": cls.pitfalls,
+        "presets": "; ".join(
+            f"{preset}: " + (", ".join(f"{k} = {v}" for k, v in values.items()) or "the defaults")
+            for preset, values in presets.items()
+        ),
+    }
+    console.print(name, style="bold", markup=False)
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for title, text in rows.items():
+        if text:
+            grid.add_row(title, escape(text))
+    console.print(grid)
+    for paragraph in doc[1:2]:
+        console.print(f"\n{paragraph}", markup=False, highlight=False)
+    hyper = plugins.hyper_parameters(cls)
+    if hyper:
+        table = Table(box=None, pad_edge=False)
+        for column in ("hyper-parameter", "default", "may be", ""):
+            table.add_column(column, no_wrap=column in ("hyper-parameter", "default"))
+        for item in hyper.values():
+            default = "(needed)" if item.default is MISSING else str(item.default)
+            table.add_row(*map(escape, (item.name, default, item.allowed, item.help)))
+        console.print()
+        console.print(table)
+
+
+# --- writing -------------------------------------------------------------------------------------------
+
+
+@new.command("strategy")
+def new_strategy(
+    name: Annotated[str, typer.Argument(help="Name of the strategy, such as my_method.")],
+    folder: Annotated[
+        Path | None, typer.Option(help="Folder of the new package; the name, here, if empty.")
+    ] = None,
+) -> None:
+    """Write a package with a working strategy (both halves), a scenario, and a test that passes."""
+    taken = {"test", "tests", "strategies", "scenarios", "fedkd", *sys.stdlib_module_names}
+    if not name.isidentifier() or not name.isascii() or name != name.lower() or keyword.iskeyword(name):
+        hint = "use small letters, digits and underscores, a letter first: my_method"
+        raise ScenarioError(f"{name!r} cannot be the name of a Python module", hint=hint)
+    if name in taken:
+        raise ScenarioError(f"{name!r} is the name of another module", hint=f"such as {name}_method")
+    target = folder or Path(name)
+    names = {"name": name, "cls": "".join(part.capitalize() for part in name.split("_") if part) or "Method"}
+    templates = Path(__file__).parent / "templates"
+    files = {
+        target / Template(path.name.removesuffix(".template")).substitute(names): Template(
+            path.read_text(encoding="utf-8")
+        ).substitute(names)
+        for path in sorted(templates.glob("*.template"))
+    }
+    for path in files:
+        if path.exists():
+            raise ScenarioError(f"{path} is there already", hint="choose another name, or another --folder")
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for path, text in files.items():
+            path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ScenarioError(
+            f"cannot write to {target}: {error.strerror}", hint="choose another --folder"
+        ) from None
+    for path in files:
+        console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+    steps = [
+        f"cd {target}",
+        f"fedkd run {name}.toml            # runs it, by module:attribute",
+        "pytest                          # its test",
+        f'pip install -e .                # then strategy = "{name}" works in any scenario',
+    ]
+    console.print(
+        "\n" + "\n".join(f"  {step}" for step in steps), markup=False, highlight=False, soft_wrap=True
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

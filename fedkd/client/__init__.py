@@ -1,0 +1,1 @@
+"""The client: a Flower ClientApp whose local training is absorb → learn → share."""

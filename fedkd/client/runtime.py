@@ -1,0 +1,111 @@
+"""What a process that computes for clients keeps between messages: data, models, the method's client half."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, Context
+from torch import nn
+
+from fedkd import plugins
+from fedkd.client.local import LocalTraining
+from fedkd.client.student import Student
+from fedkd.data.federation import Federation, build_federation
+from fedkd.payloads import State
+from fedkd.scenario import Scenario
+from fedkd.students import build_student, pick_device
+
+MEMORY = "fedkd.memory"
+_MODEL = "model/"
+
+
+class Runtime:
+    """The clients' side of a scenario in one process.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The resolved scenario; federation, models and method follow from it.
+    """
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.federation: Federation = build_federation(scenario)
+        self.method = plugins.make_strategy(scenario)
+        self.local: LocalTraining = self.method.local(self.method)
+        self.device = pick_device(scenario.system.device)
+        self._models: dict[str, tuple[nn.Module, State]] = {}
+
+    def student(self, partition_id: int, round: int, context: Context) -> Student:
+        """Return a client's student with its memory, and its model as the client last knew it.
+
+        Parameters
+        ----------
+        partition_id : int
+            The client's number in the federation.
+        round : int
+            Communication round.
+        context : Context
+            Flower's context; the client's memory is in its state.
+        """
+        scenario, federation = self.scenario, self.federation
+        arch = federation.archs[partition_id]
+        model, initial = self._model(arch)
+        memory = _recall(context)
+        own = {k.removeprefix(_MODEL): v for k, v in memory.items() if k.startswith(_MODEL)}
+        model.load_state_dict(initial | own)
+        return Student(
+            partition_id=partition_id,
+            round=round,
+            arch=arch,
+            model=model,
+            data=federation.train,
+            shard=federation.shards[partition_id],
+            test=federation.test,
+            client=scenario.client,
+            seed=scenario.run.seed,
+            num_classes=federation.num_classes,
+            buffers=scenario.models.buffers,
+            device=self.device,
+            augment=scenario.data.augment,
+            proxy=federation.proxy if self.local.sees_proxy else None,
+            memory={k: v for k, v in memory.items() if not k.startswith(_MODEL)},
+        )
+
+    def keep(self, student: Student, context: Context) -> None:
+        """Write the client's memory back: its own model if the method keeps it, else only what may not travel."""
+        memory = dict(student.memory)
+        travels = {} if self.local.keeps_model else student.weights().state
+        memory |= {
+            _MODEL + name: tensor.detach().cpu().clone()
+            for name, tensor in student.model.state_dict().items()
+            if name not in travels
+        }
+        if memory:
+            context.state[MEMORY] = ArrayRecord(
+                {name: Array(np.ascontiguousarray(tensor.cpu().numpy())) for name, tensor in memory.items()}
+            )
+        elif MEMORY in context.state:
+            del context.state[MEMORY]
+
+    def _model(self, arch: str) -> tuple[nn.Module, State]:
+        if arch not in self._models:
+            model = build_student(self.scenario, self.federation.dataset, arch).to(self.device)
+            if self.scenario.client.channels_last and self.federation.dataset.kind == "image":
+                model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+            initial = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+            self._models[arch] = (model, initial)
+        return self._models[arch]
+
+
+def _recall(context: Context) -> State:
+    record = context.state.array_records.get(MEMORY)
+    return {name: torch.from_numpy(array.numpy()) for name, array in record.items()} if record else {}
+
+
+@lru_cache(maxsize=4)
+def runtime_of(scenario_json: str) -> Runtime:
+    """Return this process's runtime for a scenario in JSON, built once."""
+    return Runtime(Scenario.model_validate_json(scenario_json))

@@ -1,0 +1,155 @@
+"""Distillation terms that a scenario adds to the client half of any strategy, and their teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fedkd import losses, plugins
+from fedkd.errors import ScenarioError
+from fedkd.payloads import State
+
+if TYPE_CHECKING:
+    from fedkd.client.student import Student
+    from fedkd.data.batches import Batch
+    from fedkd.models import Outputs
+    from fedkd.scenario import Term
+
+
+def check_teacher(teacher: str, *, shares_weights: bool) -> None:
+    """Refuse a teacher that does not exist or that the method cannot provide.
+
+    Parameters
+    ----------
+    teacher : str
+        ``global``, ``last:M``, ``ema:DECAY``, ``own`` or ``module:attribute``.
+    shares_weights : bool
+        Whether the strategy sends a global model to clients.
+
+    Raises
+    ------
+    ScenarioError
+        With the key ``client.terms``.
+
+    Examples
+    --------
+    >>> check_teacher("ema:0.99", shares_weights=False)
+    >>> check_teacher("global", shares_weights=False)
+    Traceback (most recent call last):
+    fedkd.errors.ScenarioError: client.terms: teacher 'global' needs ...
+    """
+    name, _, value = teacher.partition(":")
+    if name in ("global", "last") and not shares_weights:
+        raise ScenarioError(
+            f"teacher {teacher!r} needs a strategy that sends a global model to its clients",
+            key="client.terms",
+            hint='use teacher = "own" or "ema:0.99", or a strategy that shares weights',
+        )
+    try:
+        valid = (
+            teacher in ("global", "own")
+            or (name == "last" and int(value) >= 1)
+            or (name == "ema" and 0 <= float(value) < 1)
+            or (name not in ("global", "own", "last", "ema") and bool(value))
+        )
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ScenarioError(
+            f"unknown teacher {teacher!r}",
+            key="client.terms",
+            hint="use global | last:M (M >= 1) | ema:DECAY (0 <= DECAY < 1) | own | module:attribute",
+        )
+
+
+@dataclass
+class ActiveTerm:
+    """A term with its teacher, ready for a round."""
+
+    name: str
+    loss: Callable[..., Tensor]
+    weight: float
+    temperature: float
+    options: dict[str, Any]
+    teacher: nn.Module
+    decay: float | None = None
+
+    def __call__(self, out: Outputs, batch: Batch) -> Tensor:
+        """Return the weighted term, a scalar."""
+        with torch.no_grad():
+            target = self.teacher(batch.x)
+        return self.weight * self.loss(out, target, batch, temperature=self.temperature, **self.options)
+
+    def after_step(self, model: nn.Module) -> None:
+        """Move an exponential moving average towards the student."""
+        if self.decay is None:
+            return
+        with torch.no_grad():
+            for own, new in zip(self.teacher.state_dict().values(), model.state_dict().values(), strict=True):
+                if own.is_floating_point():
+                    own.lerp_(new, 1 - self.decay)
+                else:
+                    own.copy_(new)
+
+
+def activate(terms: Sequence[Term], student: Student) -> list[ActiveTerm]:
+    """Give every term its teacher for this round; terms without one yet (``own`` in a first round) are left out."""
+    active = []
+    for index, term in enumerate(terms):
+        teacher, decay = _teacher(term.teacher, student)
+        if teacher is not None:
+            name = f"{term.loss}[{index}]" if len(terms) > 1 else term.loss
+            active.append(
+                ActiveTerm(
+                    name,
+                    losses.term(term.loss),
+                    term.weight,
+                    term.temperature,
+                    dict(term.options),
+                    teacher,
+                    decay,
+                )
+            )
+    return active
+
+
+def remember(terms: Sequence[Term], student: Student) -> None:
+    """Keep in the client's memory what next round's teachers need."""
+    if any(term.teacher == "own" for term in terms):
+        student.memory |= {f"own/{k}": v for k, v in student.weights().state.items()}
+
+
+def _teacher(setting: str, student: Student) -> tuple[nn.Module | None, float | None]:
+    name, _, value = setting.partition(":")
+    if setting == "global":
+        return (student.frozen(student.received), None) if student.received is not None else (None, None)
+    if setting == "own":
+        own = {k.removeprefix("own/"): v for k, v in student.memory.items() if k.startswith("own/")}
+        return (student.frozen(own), None) if own else (None, None)
+    if name == "ema":
+        return student.frozen(student.weights().state), float(value)
+    if name == "last":
+        return student.frozen(_mean_of_last(int(value), student)), None
+    return plugins.load_object(setting, key="client.terms")(student), None
+
+
+def _mean_of_last(count: int, student: Student) -> State:
+    """Uniform average of the last `count` global models that this client received; kept in its memory."""
+    assert student.received is not None
+    prefix = f"last:{count}/"
+    slots = [
+        {k.removeprefix(f"{prefix}{i}/"): v for k, v in student.memory.items() if k.startswith(f"{prefix}{i}/")}
+        for i in range(count)
+    ]
+    slots = [student.received, *[slot for slot in slots if slot]][:count]
+    student.memory = {k: v for k, v in student.memory.items() if not k.startswith(prefix)}
+    for i, slot in enumerate(slots):
+        student.memory |= {f"{prefix}{i}/{k}": v for k, v in slot.items()}
+    return {
+        k: torch.stack([slot[k].double() for slot in slots]).mean(0).to(student.received[k].dtype)
+        for k in student.received
+    }

@@ -1,0 +1,300 @@
+"""Batches without a data loader: gathers of sample ids from one array, augmented and normalised."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: Smallest image side at which crops move by `PAD` pixels; below it they move by an eighth of the side.
+PAD = 4
+
+
+class Batch(NamedTuple):
+    """Samples of one step.
+
+    Attributes
+    ----------
+    x : Tensor
+        Images float32 [B, C, H, W] with mean 0 and deviation 1, tokens int64 [B, L], vectors float32 [B, D].
+    y : Tensor
+        Labels, int64 [B]; -1 where there are none.
+    ids : Tensor
+        Sample ids, int64 [B].
+    """
+
+    x: Tensor
+    y: Tensor
+    ids: Tensor
+
+
+class ArrayData:
+    """Samples in one array, of which batches are gathered by id.
+
+    Parameters
+    ----------
+    x : np.ndarray
+        Images uint8 [N, H, W] or [N, H, W, C], integer tokens [N, L], float vectors [N, D]; may be
+        memory-mapped and is never changed.
+    y : np.ndarray or None
+        Labels [N].
+    kind : "image", "tokens" or "vector"
+        What a sample is.
+    mean, std : sequence of float
+        Per channel on the 0..1 scale, with which images are normalised; empty leaves them on that scale.
+    rows : np.ndarray or None
+        Id i is row ``rows[i]`` of `x`; by default row i. Labels are already in the order of ids.
+
+    Examples
+    --------
+    >>> data = ArrayData(np.array([[[0, 255]], [[51, 102]]], dtype=np.uint8), None, kind="image")
+    >>> batch = data.gather(np.array([1]))
+    >>> batch.x.flatten().tolist(), batch.y.tolist(), batch.ids.tolist()
+    ([0.20000000298023224, 0.4000000059604645], [-1], [1])
+    """
+
+    def __init__(
+        self,
+        x: np.ndarray,
+        y: np.ndarray | None = None,
+        *,
+        kind: str = "image",
+        mean: tuple[float, ...] = (),
+        std: tuple[float, ...] = (),
+        rows: np.ndarray | None = None,
+    ) -> None:
+        self.x, self.kind, self.mean, self.std, self.rows = x, kind, tuple(mean), tuple(std), rows
+        self._labels = None if y is None else np.asarray(y, dtype=np.int64)
+        count = len(x) if rows is None else len(rows)
+        if self._labels is not None and len(self._labels) != count:
+            raise ValueError(f"{count} samples, but {len(self._labels)} labels")
+        self._count = count
+        self._copies: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self._affine: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_copies": {}, "_affine": {}}
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Labels by id, int64 [N], or None."""
+        return self._labels
+
+    def take(self, ids: np.ndarray, *, labelled: bool = True) -> ArrayData:
+        """Return a view of some samples, renumbered from 0, with or without their labels."""
+        rows = np.asarray(ids) if self.rows is None else self.rows[ids]
+        y = None if self._labels is None or not labelled else self._labels[ids]
+        return ArrayData(self.x, y, kind=self.kind, mean=self.mean, std=self.std, rows=rows)
+
+    def gather(
+        self,
+        ids: np.ndarray | Tensor,
+        *,
+        device: str | torch.device = "cpu",
+        channels_last: bool = False,
+        augment: str = "none",
+        generator: torch.Generator | None = None,
+    ) -> Batch:
+        """Return the samples `ids` as a batch.
+
+        Parameters
+        ----------
+        ids : np.ndarray or Tensor
+            Sample ids, [B].
+        device : str or torch.device
+            Where the batch is wanted. A GPU keeps its own copy of the samples (uint8 images), made at the
+            first gather, and gathers from that.
+        channels_last : bool
+            Memory layout of image batches.
+        augment : "none", "flip" or "crop-flip"
+            Random changes to images, see `augment_images`.
+        generator : torch.Generator
+            Random numbers of the augmentation; required with it.
+
+        Raises
+        ------
+        IndexError
+            If an id is not in 0..N-1.
+        ValueError
+            If augmentation is asked for without a generator, or of samples that are no images.
+        """
+        where_to = torch.device(device)
+        if isinstance(ids, Tensor):
+            index = ids.detach().cpu().numpy().astype(np.int64, copy=False)
+        else:
+            index = np.asarray(ids, dtype=np.int64)
+        if index.size and not (index.min() >= 0 and index.max() < self._count):
+            raise IndexError(f"sample ids must be in 0..{self._count - 1}")
+        if where_to.type == "cpu":
+            x = torch.from_numpy(self._rows(index))
+            y = None if self._labels is None else torch.from_numpy(self._labels[index])
+            where = torch.from_numpy(index.copy())
+        else:
+            where = torch.from_numpy(index.copy()).to(where_to, non_blocking=True)
+            samples, labels = self._copy(where_to)
+            x, y = samples[where], None if labels is None else labels[where]
+        if y is None:
+            y = torch.full((len(index),), -1, dtype=torch.int64, device=where_to)
+        if augment != "none" and self.kind != "image":
+            raise ValueError(f"augment = {augment!r} is for images, these samples are {self.kind}")
+        if self.kind == "tokens":
+            return Batch(x.long(), y, where)
+        if self.kind == "vector":
+            return Batch(x.float(), y, where)
+        if x.ndim == 3:
+            x = x.unsqueeze(-1)
+        if augment != "none":
+            x = augment_images(x, augment, generator)
+        return Batch(self._normalise(x, channels_last), y, where)
+
+    def _rows(self, index: np.ndarray) -> np.ndarray:
+        x = np.take(self.x, index if self.rows is None else self.rows[index], axis=0)
+        return x.astype(np.int64) if self.kind == "tokens" else x  # torch does little with uint16
+
+    def _copy(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Return samples and labels on `device`, copied there once."""
+        key = str(device)
+        if key not in self._copies:
+            x = np.array(self.x if self.rows is None else self.x[self.rows])
+            if self.kind == "tokens":
+                x = x.astype(np.int32)
+            y = None if self._labels is None else torch.from_numpy(self._labels.copy()).to(device)
+            self._copies[key] = torch.from_numpy(x).to(device), y
+        return self._copies[key]
+
+    def _normalise(self, x: Tensor, channels_last: bool) -> Tensor:
+        """Turn uint8 [B, H, W, C] into normalised float32 [B, C, H, W]."""
+        key = str(x.device)
+        if key not in self._affine:
+            std = torch.tensor(self.std or (1.0,), dtype=torch.float64)
+            mean = torch.tensor(self.mean or (0.0,), dtype=torch.float64)
+            self._affine[key] = (1 / (255 * std)).float().to(x.device), (-mean / std).float().to(x.device)
+        scale, shift = self._affine[key]
+        x = x.permute(0, 3, 1, 2)
+        # The conversion writes the wanted layout, so there is no copy besides it.
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        x = x.to(torch.float32, memory_format=layout)
+        return x.mul_(scale[:, None, None]).add_(shift[:, None, None])
+
+
+def augment_images(
+    x: Tensor, how: str, generator: torch.Generator | None, *, reflect: bool = False
+) -> Tensor:
+    """Flip and shift each image of a batch at random.
+
+    Parameters
+    ----------
+    x : Tensor
+        Images [B, H, W, C], any dtype.
+    how : "none", "flip" or "crop-flip"
+        ``flip`` mirrors half of the images; ``crop-flip`` also crops them at a random place after padding by
+        4 pixels (an eighth of the side where that is less than 4, rounded up).
+    generator : torch.Generator
+        Draws one flip and two offsets per image, on its own device.
+    reflect : bool
+        Pad with the mirrored image instead of zeros (black).
+
+    Returns
+    -------
+    Tensor
+        Images of the same shape and dtype.
+
+    Raises
+    ------
+    ValueError
+        If `how` is unknown or there is no generator.
+    """
+    if how == "none":
+        return x
+    if how not in ("flip", "crop-flip"):
+        raise ValueError(f"unknown augmentation {how!r}; known: none, flip, crop-flip")
+    if generator is None:
+        raise ValueError("augmentation needs a generator")
+    count, height, width = x.shape[:3]
+    device = x.device
+
+    def draw(low: int, high: int) -> Tensor:
+        return torch.randint(low, high + 1, (count, 1), generator=generator, device=generator.device).to(
+            device
+        )
+
+    flipped = draw(0, 1).bool()
+    rows = torch.arange(height, device=device).expand(count, height)
+    columns = torch.arange(width, device=device)
+    columns = torch.where(flipped, columns.flip(0), columns)
+    if how == "flip":
+        return x[torch.arange(count, device=device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    up, left = (min(PAD, -(-side // 8)) for side in (height, width))
+    rows, columns = rows + draw(-up, up), columns + draw(-left, left)
+    if reflect:
+        rows, columns = _mirror(rows, height), _mirror(columns, width)
+        inside = None
+    else:
+        within_rows = (rows >= 0) & (rows < height)
+        within_columns = (columns >= 0) & (columns < width)
+        inside = (within_rows[:, :, None] & within_columns[:, None, :]).unsqueeze(-1)
+        rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
+    moved = x[torch.arange(count, device=device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return moved if inside is None else moved * inside.to(x.dtype)
+
+
+def _mirror(index: Tensor, side: int) -> Tensor:
+    """Return indices outside 0..side-1 mirrored at the border pixels."""
+    return (side - 1) - ((side - 1) - index.abs()).abs()
+
+
+def epoch_order(
+    ids: np.ndarray, batch_size: int, rng: np.random.Generator, drop_single: bool = False
+) -> list[np.ndarray]:
+    """Return shuffled batches that hold every id once.
+
+    Parameters
+    ----------
+    ids : np.ndarray
+        Sample ids.
+    batch_size : int
+        Samples per batch; the last may be smaller.
+    rng : np.random.Generator
+        Order of the samples.
+    drop_single : bool
+        Leave out a last batch of one sample, which batch normalisation cannot use.
+
+    Examples
+    --------
+    >>> [len(b) for b in epoch_order(np.arange(7), 3, np.random.default_rng(0))]
+    [3, 3, 1]
+    >>> [len(b) for b in epoch_order(np.arange(7), 3, np.random.default_rng(0), drop_single=True)]
+    [3, 3]
+    """
+    order = rng.permutation(ids)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    if drop_single and batches and len(batches[-1]) == 1:
+        batches.pop()
+    return batches
+
+
+def step_order(
+    ids: np.ndarray, batch_size: int, steps: int, rng: np.random.Generator, drop_single: bool = False
+) -> list[np.ndarray]:
+    """Return exactly `steps` batches: passes as of `epoch_order`, each shuffled anew.
+
+    Where there are fewer ids than `batch_size`, every batch holds all of them. Without a usable batch (no
+    ids, or a single one with `drop_single`) the list is empty.
+
+    Examples
+    --------
+    >>> [len(b) for b in step_order(np.arange(5), 4, 5, np.random.default_rng(0))]
+    [4, 1, 4, 1, 4]
+    """
+    batches: list[np.ndarray] = []
+    while len(batches) < steps:
+        more = epoch_order(ids, batch_size, rng, drop_single)
+        if not more:
+            return []
+        batches += more
+    return batches[:steps]

@@ -1,0 +1,314 @@
+"""Partitions: training samples divided among clients. Always a result or an error, never a hang or NaN."""
+
+from __future__ import annotations
+
+import difflib
+import heapq
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fedkd import scenario
+from fedkd.data.partitioners import RULES, Rule, Shards, Task, ask_library
+from fedkd.data.skew import Skew, Split, label_counts, local_split, skew
+from fedkd.errors import ScenarioError
+from fedkd.seeds import Purpose, rng
+
+__all__ = ["Partition", "Skew", "Split", "check", "label_counts", "local_split", "names", "partition", "skew"]
+
+#: How often a seeded partitioner is asked, each time with another seed, before its result is repaired.
+ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Which samples each client has.
+
+    Attributes
+    ----------
+    indices : tuple of np.ndarray
+        Sample numbers of each client, int64, sorted; no sample is in two of them.
+    notes : tuple of str
+        What did not go by the book: retries, repairs, samples that nobody has.
+    """
+
+    indices: tuple[np.ndarray, ...]
+    notes: tuple[str, ...] = ()
+
+
+def names() -> dict[str, str]:
+    """Return the partitioners: name, and one line with the options each takes.
+
+    Examples
+    --------
+    >>> names()["size"]
+    'given numbers of samples; options: partition_sizes (required)'
+    """
+    described = {}
+    for name, rule in RULES.items():
+        options = [f"{option} (required)" for option in rule.required] + list(rule.optional)
+        described[name] = rule.summary + (f"; options: {', '.join(options)}" if options else "")
+    return described
+
+
+def check(spec: scenario.Partition) -> None:
+    """Refuse a partition section that no data could satisfy.
+
+    Raises
+    ------
+    ScenarioError
+        If the partitioner or an option is unknown, a required option is missing, or the shares for local
+        validation and test leave nothing for training.
+    """
+    if spec.name not in RULES:
+        close = difflib.get_close_matches(spec.name, RULES, n=1)
+        hint = (f"did you mean {close[0]!r}? " if close else "") + f"known: {', '.join(RULES)}"
+        raise ScenarioError(f"unknown partitioner {spec.name!r}", key="partition.name", hint=hint)
+    rule = RULES[spec.name]
+    known = (*rule.required, *rule.optional)
+    elsewhere = {
+        "num_partitions": "partition.clients",
+        "seed": "run.seed",
+        "min_partition_size": "partition.min_samples",
+    }
+    for option in spec.options:
+        key = f"partition.options.{option}"
+        if option in elsewhere:
+            raise ScenarioError("is set elsewhere", key=key, hint=f"use {elsewhere[option]}")
+        if option not in known:
+            close = difflib.get_close_matches(option, known, n=1)
+            hint = (
+                f"did you mean {close[0]!r}? " if close else ""
+            ) + f"options: {', '.join(known) or 'none'}"
+            raise ScenarioError(f"{spec.name} has no such option", key=key, hint=hint)
+    for option in rule.required:
+        if option not in spec.options:
+            raise ScenarioError(
+                f"{spec.name} needs this option", key=f"partition.options.{option}", hint=names()[spec.name]
+            )
+    if rule.skewed:
+        _alpha(spec)
+    column = spec.options.get("partition_by", "label")
+    if column not in ("label", "owner"):
+        key = "partition.options.partition_by"
+        raise ScenarioError(f"{column!r} is no column", key=key, hint="label or owner")
+    sizes = spec.options.get("partition_sizes")
+    if sizes is not None:
+        key = "partition.options.partition_sizes"
+        if not isinstance(sizes, list) or any(type(size) is not int or size < 0 for size in sizes):
+            raise ScenarioError(f"must be a list of whole numbers >= 0, is {sizes!r}", key=key)
+        if len(sizes) != spec.clients:
+            raise ScenarioError(f"has {len(sizes)} sizes for {spec.clients} clients", key=key)
+    if spec.validation + spec.test >= 1:
+        raise ScenarioError(
+            f"validation {spec.validation} and test {spec.test} leave nothing for training",
+            key="partition.validation",
+            hint="their sum must be below 1",
+        )
+
+
+def _alpha(spec: scenario.Partition) -> Any:
+    """Return the concentration as the library takes it: a number or a list of numbers, all > 0."""
+    if "alpha" not in spec.options:
+        return 0.5 if spec.alpha is None else float(spec.alpha)
+    key, value = "partition.options.alpha", spec.options["alpha"]
+    if spec.alpha is not None:
+        raise ScenarioError("is given twice", key=key, hint="drop it, or drop partition.alpha")
+    values: list[Any] = value if isinstance(value, list) and value else [value]
+    if any(type(v) not in (int, float) or not 0 < v < float("inf") for v in values):
+        raise ScenarioError(f"must be a number > 0 or a list of such, is {value!r}", key=key)
+    return [float(v) for v in value] if isinstance(value, list) else float(value)
+
+
+def partition(
+    labels: np.ndarray,
+    spec: scenario.Partition,
+    *,
+    num_classes: int,
+    seed: int,
+    natural_ids: np.ndarray | None = None,
+) -> Partition:
+    """Divide samples among clients.
+
+    Parameters
+    ----------
+    labels : np.ndarray
+        Label of each sample, integers [N] in 0..num_classes-1.
+    spec : scenario.Partition
+        Partitioner, clients and parameters.
+    num_classes : int
+        Number of classes.
+    seed : int
+        The run's seed.
+    natural_ids : np.ndarray or None
+        Owner of each sample, int64 [N].
+
+    Returns
+    -------
+    Partition
+        One array of sample numbers per client, the same for the same arguments.
+
+    Raises
+    ------
+    ScenarioError
+        If there are more clients than samples, `min_samples` cannot be met, or the partitioner cannot divide
+        these data; the message gives the library's reason.
+
+    Notes
+    -----
+    Samples are shuffled first, since several partitioners cut them in the order given. A partitioner that
+    fails is asked again with another seed, at most `ATTEMPTS` times. After that, or if it can only fail, the
+    same kind of partition is drawn without the library where possible. Clients with fewer than `min_samples`
+    are then filled with random samples of the largest clients. Each of this is noted.
+    """
+    check(spec)
+    labels = np.asarray(labels)
+    if len(labels) and not (labels.min() >= 0 and labels.max() < num_classes):
+        raise ValueError(f"labels must be in 0..{num_classes - 1}")
+    if spec.clients > len(labels):
+        raise ScenarioError(
+            f"{spec.clients} clients are more than the {len(labels)} training samples to divide",
+            key="partition.clients",
+            hint="take fewer clients, more training samples, or a smaller proxy set",
+        )
+    if spec.clients * spec.min_samples > len(labels):
+        raise ScenarioError(
+            f"{spec.clients} clients cannot have {spec.min_samples} samples each: there are {len(labels)}",
+            key="partition.min_samples",
+            hint=f"at most {len(labels) // spec.clients}",
+        )
+    sizes = spec.options.get("partition_sizes", [])
+    if sum(sizes) > len(labels):
+        raise ScenarioError(
+            f"asks for {sum(sizes)} samples, but there are {len(labels)}",
+            key="partition.options.partition_sizes",
+        )
+    rule = RULES[spec.name]
+    owners_wanted = rule.natural or spec.options.get("partition_by") == "owner"
+    if owners_wanted and natural_ids is None:
+        raise ScenarioError(
+            f"{spec.name} needs to know who owns each sample, which these data do not say",
+            key="partition.name",
+            hint="npz: natural_ids; hub: data.options.owner_column; synthetic: data.options.owners",
+        )
+    order = rng(seed, Purpose.PARTITION).permutation(len(labels))
+    task = Task(
+        labels=np.unique(labels[order], return_inverse=True)[1].astype(np.int64),
+        owners=None if natural_ids is None else np.asarray(natural_ids)[order],
+        clients=spec.clients,
+        alpha=_alpha(spec) if rule.skewed else None,
+        min_samples=spec.min_samples,
+        options=spec.options,
+    )
+    notes: list[str] = []
+    if spec.alpha is not None and not rule.skewed:
+        notes.append(f"partition.alpha has no effect on {spec.name}")
+    shards = _draw(rule, task, spec.name, seed, notes)
+    if rule.natural:
+        shards = _choose(shards, spec, seed, notes)
+    unused = len(labels) - sum(map(len, shards))
+    if unused:
+        notes.append(f"{spec.name} gives {unused} of {len(labels)} samples to nobody")
+    _fill(shards, spec, seed, notes)
+    return Partition(tuple(np.sort(order[shard]) for shard in shards), tuple(notes))
+
+
+def _draw(rule: Rule, task: Task, name: str, seed: int, notes: list[str]) -> Shards:
+    """Return shards from the library, or drawn like it where it gives none."""
+    failure: Exception | None = None
+    for attempt in range(1, 1 + (ATTEMPTS if rule.seeded else 1)):
+        try:
+            return _asked(rule, task, seed, attempt)
+        except ScenarioError:
+            raise
+        except Exception as error:  # the library raises errors of many types
+            failure = error
+            notes.append(f"{rule.library}, attempt {attempt}: {_brief(error)}")
+    if rule.spare is None:
+        raise ScenarioError(
+            f"{name} cannot divide these data: {_brief(failure)}",
+            key="partition.options" if task.options else "partition.name",
+            hint=f"{name}: {names()[name]}",
+        ) from failure
+    if "min_partition_size" in rule.passes and task.min_samples:
+        try:  # the library's own draw, without the demand that it could not meet
+            shards = _asked(rule, replace(task, min_samples=0), seed, ATTEMPTS + 1)
+            notes.append(f"{name} was drawn without regard to partition.min_samples, then repaired")
+            return shards
+        except Exception as error:
+            notes.append(f"{rule.library}, attempt {ATTEMPTS + 1}: {_brief(error)}")
+    notes.append(f"{name} was drawn without {rule.library}")
+    try:
+        return rule.spare(task, rng(seed, Purpose.PARTITION, round=ATTEMPTS + 2))
+    except ValueError as error:  # such as a list of alphas of the wrong length
+        raise ScenarioError(
+            f"{name} cannot divide these data: {_brief(error)}", key="partition.options"
+        ) from error
+
+
+def _brief(error: Exception | None) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _asked(rule: Rule, task: Task, seed: int, attempt: int) -> Shards:
+    """Return the library's shards, checked: any number of them, disjoint, of samples that exist."""
+    stream = rng(seed, Purpose.PARTITION, round=attempt)
+    shards = ask_library(rule, task, int(stream.integers(2**31)))
+    every = np.concatenate(shards) if shards else np.empty(0, dtype=np.int64)
+    inside = every.size == 0 or (every.min() >= 0 and every.max() < len(task.labels))
+    if not inside or len(np.unique(every)) != len(every):
+        raise ValueError("its shards overlap or name samples that do not exist")
+    return shards
+
+
+def _choose(shards: Shards, spec: scenario.Partition, seed: int, notes: list[str]) -> Shards:
+    """Return as many of the natural shards as there are clients, chosen at random."""
+    if len(shards) < spec.clients:
+        raise ScenarioError(
+            f"{spec.clients} clients are more than the {len(shards)} that {spec.name} finds in the data",
+            key="partition.clients",
+            hint=f"set it to {len(shards)} or less",
+        )
+    if len(shards) == spec.clients:
+        return shards
+    chosen = np.sort(
+        rng(seed, Purpose.PARTITION, round=ATTEMPTS + 3).permutation(len(shards))[: spec.clients]
+    )
+    notes.append(f"{spec.clients} of {len(shards)} natural clients were chosen at random")
+    return [shards[k] for k in chosen]
+
+
+def _fill(shards: Shards, spec: scenario.Partition, seed: int, notes: list[str]) -> None:
+    """Move random samples from the largest clients to those with fewer than `min_samples`, in place."""
+    short = [k for k, shard in enumerate(shards) if len(shard) < spec.min_samples]
+    if not short:
+        return
+    if sum(map(len, shards)) < spec.min_samples * len(shards):
+        raise ScenarioError(
+            f"{spec.name} gives out {sum(map(len, shards))} samples: too few for {len(shards)} clients "
+            f"with {spec.min_samples} each",
+            key="partition.min_samples",
+        )
+    stream = rng(seed, Purpose.PARTITION, round=ATTEMPTS + 4)
+    stacks: dict[int, list[int]] = {}
+    largest = [(-len(shard), k) for k, shard in enumerate(shards)]
+    heapq.heapify(largest)
+    moved = 0
+    for k in short:
+        taken = []
+        for _ in range(spec.min_samples - len(shards[k])):
+            size, donor = heapq.heappop(largest)
+            if donor not in stacks:
+                stacks[donor] = stream.permutation(shards[donor]).tolist()
+            taken.append(stacks[donor].pop())
+            heapq.heappush(largest, (size + 1, donor))
+        shards[k] = np.concatenate([shards[k], np.array(taken, dtype=np.int64)])
+        moved += len(taken)
+    for donor, left in stacks.items():
+        shards[donor] = np.array(left, dtype=np.int64)
+    notes.append(
+        f"{moved} samples were moved from the {len(stacks)} largest clients to {len(short)} clients "
+        f"with fewer than {spec.min_samples}"
+    )

@@ -1,0 +1,8 @@
+"""The engine: Flower grids that run simulated clients in this process or on Ray workers.
+
+It knows Flower and Ray and nothing of distillation: any `flwr.clientapp.ClientApp` runs on it.
+"""
+
+from fedkd.engine.grid import InlineGrid, Nodes, RayGrid, SimulationGrid
+
+__all__ = ["InlineGrid", "Nodes", "RayGrid", "SimulationGrid"]

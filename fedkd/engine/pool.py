@@ -1,0 +1,370 @@
+"""Ray workers and the dispatcher that feeds them.
+
+Cohorts are pulled, dead workers replaced, replies left in the object store until somebody reads them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import queue
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import ray
+from flwr.app import Error
+from flwr.common.constant import ErrorCode
+from ray.exceptions import (
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+from fedkd.engine.worker import TOO_LATE, Worker, describe
+from fedkd.errors import RunError
+
+log = logging.getLogger(__name__)
+
+IN_FLIGHT = 2
+"""Cohorts that a worker has at once: the one it computes, and the next, whose arguments travel meanwhile."""
+
+RETRIES = 3
+"""How often a cohort is run again when the worker that ran it died."""
+
+DEATHS = (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError)
+
+Job = tuple[Any, ...]
+"""Number of clients, then the arguments of `Worker.run`."""
+
+
+def worker_env() -> dict[str, str]:
+    """Return the environment of a worker process.
+
+    Modules resolve as in the driver; the working folder comes last, so it shadows nothing.
+    """
+    path = [os.path.abspath(entry) for entry in sys.path if entry]
+    return {
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys([*path, os.getcwd()])),
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        # By default glibc returns large blocks to the system at every free, and page faults then dominate
+        # small convolutions. 32 MiB is the largest threshold that it accepts.
+        "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+        "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+        "FLWR_TELEMETRY_ENABLED": os.environ.get("FLWR_TELEMETRY_ENABLED", "0"),
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+
+
+class Done(NamedTuple):
+    """A finished cohort; its replies and states are still in the object store."""
+
+    receipt: list[int]
+    replies: Any
+    states: list[Any]
+
+
+class Pool:
+    """A fixed number of long-lived Ray workers.
+
+    Parameters
+    ----------
+    parts : tuple
+        Arguments of `Worker`; put into the object store once.
+    workers : int
+        Number of workers, one CPU each.
+    gpus_per_worker : float
+        GPU share of each.
+    address : str
+        Cluster to join if Ray is not initialised; empty = start Ray here.
+
+    Raises
+    ------
+    RunError
+        Ray has too few CPUs or GPUs for the workers.
+    """
+
+    def __init__(self, parts: tuple[Any, ...], *, workers: int, gpus_per_worker: float, address: str) -> None:
+        self._started_ray = not ray.is_initialized()
+        if self._started_ray:
+            _start_ray(address, workers)
+        try:
+            _check_room(workers, gpus_per_worker)
+            self._make = ray.remote(Worker).options(
+                num_cpus=1, num_gpus=gpus_per_worker, runtime_env={"env_vars": worker_env()}
+            )
+            self._parts = [ray.put(part) for part in parts]
+            self.actors: list[Any] = [self._make.remote(*self._parts) for _ in range(workers)]
+            self._loading: list[Any] = [actor.load.remote() for actor in self.actors]
+        except BaseException:
+            if self._started_ray:
+                ray.shutdown()
+            raise
+        self._dispatchers: set[Dispatcher] = set()
+        self._closed = False
+
+    def get(self, refs: list[Any]) -> list[Any]:
+        """Fetch objects."""
+        return ray.get(refs)
+
+    def put(self, value: Any) -> Any:
+        """Put one object into the store and return its reference."""
+        return ray.put(value)
+
+    def replace(self, place: int, actor: Any) -> None:
+        """End a worker and start a fresh one in its place, unless somebody already did."""
+        if self.actors[place] is actor:
+            ray.kill(actor, no_restart=True)
+            self.actors[place] = self._make.remote(*self._parts)
+
+    @contextmanager
+    def dispatch(
+        self, jobs: Sequence[Job], order: Sequence[int], deadline: float
+    ) -> Iterator[Callable[[int], tuple[list[Any], list[int], list[Any]] | Error]]:
+        """Run jobs on the workers while the context is open.
+
+        Parameters
+        ----------
+        jobs : sequence of tuple
+            Number of clients, then the arguments of `Worker.run`.
+        order : sequence of int
+            The jobs in the order in which they are handed out.
+        deadline : float
+            Unix time after which jobs that have not finished fail; may be infinite.
+
+        Yields
+        ------
+        callable
+            Waits for one job and returns its replies, receipt and references to states, or the error. To be
+            asked once for each job.
+        """
+        self._wait_until_loaded()
+        dispatcher = Dispatcher(self, jobs, order, deadline)
+        self._dispatchers.add(dispatcher)
+        dispatcher.start()
+
+        def result(number: int) -> tuple[list[Any], list[int], list[Any]] | Error:
+            while True:
+                done = dispatcher.wait(number)
+                if isinstance(done, Error):
+                    return done
+                try:
+                    return ray.get(done.replies), done.receipt, done.states
+                except RayError as error:  # the node that held them is gone
+                    dispatcher.lost(number, error)
+
+        try:
+            yield result
+        finally:
+            dispatcher.stop()
+            self._dispatchers.discard(dispatcher)
+
+    def close(self) -> None:
+        """Stop the workers, and Ray where this pool started it. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        for dispatcher in list(self._dispatchers):
+            dispatcher.stop()
+        if ray.is_initialized():
+            for actor in self.actors:
+                ray.kill(actor, no_restart=True)
+            if self._started_ray:
+                ray.shutdown()
+
+    def _wait_until_loaded(self) -> None:
+        if self._closed:
+            raise RunError("the grid is closed")
+        # Waiting here and not in the constructor: workers import and load while the server prepares itself.
+        try:
+            ray.get(self._loading)
+        except RayError as error:
+            raise RunError(f"a worker could not load the client app: {_cause(error)}") from error
+        self._loading = []
+
+
+class Dispatcher(threading.Thread):
+    """Feeds the workers during one call, so that they run ahead while the caller reads replies.
+
+    A thread of its own, woken by events alone: a cohort has ended, its replies were lost, stop. All decisions
+    are taken in this thread; the caller only waits.
+
+    Parameters
+    ----------
+    pool : Pool
+        The workers.
+    jobs : sequence of tuple
+        Number of clients, then the arguments of `Worker.run`.
+    order : sequence of int
+        The jobs in the order in which they are handed out.
+    deadline : float
+        Unix time; may be infinite.
+    """
+
+    def __init__(self, pool: Pool, jobs: Sequence[Job], order: Sequence[int], deadline: float) -> None:
+        super().__init__(name="fedkd-dispatcher", daemon=True)
+        self._pool, self._jobs, self._deadline = pool, jobs, deadline
+        self._pending = deque(order)
+        self._in_flight: dict[int, tuple[int, Any]] = {}  # job -> place and actor, oldest first
+        self._deaths = Counter()
+        self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._results: dict[int, Done | Error] = {}
+        self._crash: BaseException | None = None
+        self._changed = threading.Condition()
+
+    # ---- called by others
+
+    def wait(self, number: int) -> Done | Error:
+        """Wait for a job and hand over what came of it."""
+        with self._changed:
+            self._changed.wait_for(lambda: number in self._results or self._crash)
+            if number in self._results:
+                return self._results.pop(number)
+        raise RunError(f"the engine failed: {describe(self._crash or RuntimeError())}") from self._crash
+
+    def lost(self, number: int, error: Exception) -> None:
+        """Report that the replies of a finished job cannot be read."""
+        self._events.put(lambda: self._again([number], error))
+
+    def stop(self) -> None:
+        """End the thread; cohorts that workers have begun are finished, and nobody hears of them."""
+        self._events.put(None)
+        if self.is_alive():
+            self.join()
+
+    # ---- in the thread
+
+    def run(self) -> None:
+        """Hand out jobs until told to stop."""
+        try:
+            while True:
+                self._fill()
+                try:
+                    event = self._events.get(timeout=self._remaining())
+                except queue.Empty:
+                    event = self._expire
+                if event is None:
+                    return self._fail(RuntimeError("the grid was closed"))
+                event()
+        except BaseException as error:  # the caller must not wait for a dead thread
+            self._fail(error)
+
+    def _remaining(self) -> float | None:
+        return None if math.isinf(self._deadline) else max(0.0, self._deadline - time.time())
+
+    def _fill(self) -> None:
+        load = Counter(place for place, _ in self._in_flight.values())
+        while self._pending:
+            place = min(range(len(self._pool.actors)), key=load.__getitem__)
+            if load[place] == IN_FLIGHT:
+                return
+            load[place] += 1
+            self._submit(self._pending.popleft(), place)
+
+    def _submit(self, number: int, place: int) -> None:
+        clients, *arguments = self._jobs[number]
+        actor = self._pool.actors[place]
+        receipt, replies, *states = actor.run.options(num_returns=clients + 2).remote(*arguments)
+        self._in_flight[number] = (place, actor)
+
+        def ended(future: Any) -> None:
+            self._events.put(lambda: self._ended(number, place, actor, future, replies, states))
+
+        receipt.future().add_done_callback(ended)
+
+    def _ended(
+        self, number: int, place: int, actor: Any, future: Any, replies: Any, states: list[Any]
+    ) -> None:
+        if self._in_flight.get(number) != (place, actor):
+            return  # its worker was given up meanwhile, and the job is somewhere else
+        try:
+            receipt = future.result()
+        except (
+            RayTaskError
+        ) as error:  # our own code raised, or a reply cannot be pickled: again would not help
+            del self._in_flight[number]
+            self._finish(number, Error(ErrorCode.UNKNOWN, _cause(error)))
+        except DEATHS as error:
+            orphans = [job for job, (_, other) in self._in_flight.items() if other == actor]
+            self._pool.replace(place, actor)
+            self._again(orphans, error)
+        except RayError as error:
+            self._again([number], error)
+        else:
+            del self._in_flight[number]
+            self._finish(number, Done(receipt, replies, states))
+
+    def _again(self, numbers: list[int], error: Exception) -> None:
+        """Queue jobs again, in front; the first of them was being computed, so the blame is its alone."""
+        self._deaths[numbers[0]] += 1
+        times = self._deaths[numbers[0]]
+        for number in reversed(numbers):
+            self._in_flight.pop(number, None)
+            if number == numbers[0] and times > RETRIES:
+                reason = (
+                    f"{type(error).__name__}: the worker of this cohort died {times} times; {_cause(error)}"
+                )
+                self._finish(number, Error(ErrorCode.CLIENT_APP_CRASHED, reason))
+            else:
+                self._pending.appendleft(number)
+        log.warning("a worker died (%s); its clients are run again elsewhere", type(error).__name__)
+
+    def _expire(self) -> None:
+        """Give up what has not finished. Its workers are replaced: a client may never return."""
+        for place, actor in dict.fromkeys(self._in_flight.values()):
+            self._pool.replace(place, actor)
+        for number in [*self._in_flight, *self._pending]:
+            self._finish(number, TOO_LATE)
+        self._in_flight.clear()
+        self._pending.clear()
+        self._deadline = math.inf
+
+    def _finish(self, number: int, result: Done | Error) -> None:
+        with self._changed:
+            self._results[number] = result
+            self._changed.notify_all()
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._crash = error
+            self._changed.notify_all()
+
+
+def _start_ray(address: str, workers: int) -> None:
+    settings: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.ERROR}
+    if not address:  # "local" keeps RAY_ADDRESS from choosing a cluster that nobody asked for
+        settings |= {"address": "local", "num_cpus": max(workers, os.cpu_count() or 1)}
+    else:
+        settings |= {"address": address}
+    try:
+        ray.init(**settings)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise RunError(
+            f"Ray cannot be {'joined at ' + address if address else 'started'}: {error}"
+        ) from error
+
+
+def _check_room(workers: int, gpus_per_worker: float) -> None:
+    total = ray.cluster_resources()
+    for name, wanted in (("CPU", float(workers)), ("GPU", workers * gpus_per_worker)):
+        if wanted > total.get(name, 0.0) + 1e-6:
+            raise RunError(
+                f"{workers} workers need {wanted:g} {name}s, Ray has {total.get(name, 0.0):g}; "
+                "ask for fewer workers"
+            )
+
+
+def _cause(error: Exception) -> str:
+    cause = getattr(error, "cause", None)
+    if isinstance(error, RayTaskError) and isinstance(cause, BaseException):
+        return describe(cause)
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,47 @@
+"""Errors that are meant to be read by people: what was wrong, where, and what to do."""
+
+
+class FedKDError(Exception):
+    """Base of every error that the command line prints as one message, without a traceback."""
+
+
+class ScenarioError(FedKDError):
+    """A scenario cannot be run as written.
+
+    Parameters
+    ----------
+    problem : str
+        What is wrong, naming the value.
+    key : str
+        Dotted key in the scenario, such as ``partition.alpha``; empty if no single key is to blame.
+    hint : str
+        The way out.
+    file : str
+        Scenario file; filled in by the loader where the raiser does not know it.
+
+    Examples
+    --------
+    >>> print(ScenarioError("must be > 0, is -1", key="partition.alpha", hint="try 0.1", file="a.toml"))
+    a.toml: partition.alpha: must be > 0, is -1
+      try 0.1
+    """
+
+    def __init__(self, problem: str, *, key: str = "", hint: str = "", file: str = "") -> None:
+        self.problem, self.key, self.hint, self.file = problem, key, hint, file
+        super().__init__(problem)
+
+    def __str__(self) -> str:
+        place = ": ".join(part for part in (self.file, self.key) if part)
+        return (f"{place}: " if place else "") + self.problem + (f"\n  {self.hint}" if self.hint else "")
+
+
+class DataError(FedKDError):
+    """Data cannot be had or cannot be read; the message says how to get or mend them."""
+
+
+class KnowledgeError(FedKDError):
+    """Knowledge that is refused: not finite, wrong shape, wrong keys, wrong classes, wrong ids."""
+
+
+class RunError(FedKDError):
+    """A run failed; what it had finished stays on disk and can be resumed."""

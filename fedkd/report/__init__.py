@@ -1,0 +1,28 @@
+"""Tables and figures of finished runs, made from plain rows and arrays, never from run folders."""
+
+from fedkd.report.figures import learning_curves, partition_figure
+from fedkd.report.tables import (
+    Row,
+    aggregate,
+    console_table,
+    human_bytes,
+    partition_table,
+    to_csv,
+    to_latex,
+    to_markdown,
+    write_tables,
+)
+
+__all__ = [
+    "Row",
+    "aggregate",
+    "console_table",
+    "human_bytes",
+    "learning_curves",
+    "partition_figure",
+    "partition_table",
+    "to_csv",
+    "to_latex",
+    "to_markdown",
+    "write_tables",
+]

@@ -1,0 +1,547 @@
+"""Runs: one execution of a scenario and its folder of results; wiring, events, checkpoints, resume.
+
+A run lives in ``<out>/<scenario>/<label>-seed<seed>-<digest>/``::
+
+    scenario.toml      the resolved scenario
+    environment.json   versions, machine, git commit
+    metrics.jsonl      one object per event, append-only
+    checkpoints/       the last complete round (safetensors and JSON)
+    model*.safetensors the final model, one for each architecture
+    summary.json       written last: its presence means that the run is finished
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from safetensors.torch import save_file
+
+from fedkd import checkpoint, plugins
+from fedkd.client.handlers import make_app
+from fedkd.client.terms import check_teacher
+from fedkd.data.federation import Federation, build_federation
+from fedkd.engine import InlineGrid, Nodes, RayGrid
+from fedkd.engine.grid import SimulationGrid
+from fedkd.errors import FedKDError, RunError, ScenarioError
+from fedkd.report.files import write_atomic
+from fedkd.scenario import Scenario, check, check_data, digest, dump, load
+from fedkd.server.runtime import Event, ServerRuntime
+from fedkd.server.strategy import DistillationStrategy
+from fedkd.students import pick_device
+
+if TYPE_CHECKING:
+    from fedkd.sweep import Cell
+
+ACCURACY_AFTER = (1, 5, 10, 20, 50, 100)  # rounds at which summaries quote the accuracy
+_LIVE_ONLY = {"started", "reply"}  # events for progress bars, not for metrics.jsonl
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """Ctrl-C during a run: everything up to the last checkpoint is on disk.
+
+    Parameters
+    ----------
+    folder : Path
+        The run, for ``fedkd resume``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder))
+        self.folder = folder
+
+
+class Listener:
+    """Hears what happens during runs; the command line draws tables and progress bars from it."""
+
+    def run_started(self, folder: Path, scenario: Scenario, federation: Federation, done: int) -> None:
+        """A run begins, or goes on after `done` rounds."""
+
+    def event(self, event: Event) -> None:
+        """Something happened: ``started``, ``reply``, ``refused``, ``round``."""
+
+    def run_ended(self, result: Result) -> None:
+        """A run is finished, or was before."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Parameters
+    ----------
+    folder : Path
+        Where its files are.
+    summary : dict
+        Contents of ``summary.json``.
+    skipped : bool
+        Whether it had been finished before and nothing was computed.
+    """
+
+    folder: Path
+    summary: dict[str, Any] = field(repr=False)
+    skipped: bool = False
+
+    def row(self, values: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the row that tables are made of (see `fedkd.report.tables`)."""
+        keys = ("label", "seed", "whose", "best", "final", "accuracy_after", "ensemble", "agreement", "clients")
+        row = {key: self.summary[key] for key in keys if self.summary.get(key) is not None}
+        row["bytes_up"] = sum(self.summary["bytes_up"].values())
+        row["bytes_down"] = sum(self.summary["bytes_down"].values())
+        row["seconds"] = self.summary["seconds"]
+        return {**row, "values": dict(values or {})}
+
+
+def prepare(scenario: Scenario) -> tuple[Federation, DistillationStrategy]:
+    """Check a scenario as far as possible without writing anything.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The scenario.
+
+    Returns
+    -------
+    Federation, DistillationStrategy
+        The resolved clients, and the strategy with its hyper-parameters.
+
+    Raises
+    ------
+    ScenarioError, DataError
+        The scenario cannot be run as written.
+    """
+    check(scenario)
+    strategy = plugins.make_strategy(scenario)
+    for term in scenario.client.terms:
+        check_teacher(term.teacher, shares_weights=strategy.shares_weights)
+    federation = build_federation(scenario)
+    check_data(scenario, federation)
+    if len(set(federation.archs)) > 1 and not strategy.heterogeneous:
+        raise ScenarioError(
+            f"{scenario.strategy.name} needs one architecture, the federation has {len(set(federation.archs))}",
+            key="models.student",
+            hint="name one model, or choose a strategy that allows several (fedkd list strategies)",
+        )
+    return federation, strategy
+
+
+def execute(
+    scenario: Scenario, *, out: Path, file: str = "", fresh: bool = False, listener: Listener | None = None
+) -> Result:
+    """Run a scenario, go on with it where it was interrupted, or return its result if it is finished.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The scenario.
+    out : Path
+        Folder of all runs.
+    file : str
+        Where the scenario comes from, for messages.
+    fresh : bool
+        Start anew in another folder even if there is a finished or interrupted run.
+    listener : Listener, optional
+        Hears what happens.
+
+    Raises
+    ------
+    ScenarioError, DataError
+        Before anything is written.
+    RunError
+        The run failed; it can be resumed.
+    RunInterrupted
+        Ctrl-C.
+    """
+    listener = listener or Listener()
+    try:
+        federation, strategy = prepare(scenario)
+    except ScenarioError as error:
+        error.file = error.file or file
+        raise
+    folder = _folder(scenario, out, fresh)
+    if (folder / "summary.json").exists():
+        result = Result(folder, json.loads((folder / "summary.json").read_text()), skipped=True)
+        listener.run_ended(result)
+        return result
+    return _run(folder, scenario, federation, strategy, listener)
+
+
+def resume(folder: Path, *, listener: Listener | None = None) -> Result:
+    """Go on with an interrupted run; finished ones are returned as they are.
+
+    Parameters
+    ----------
+    folder : Path
+        The run's folder.
+    listener : Listener, optional
+        Hears what happens.
+
+    Raises
+    ------
+    ScenarioError
+        The folder holds no run.
+    """
+    path = folder / "scenario.toml"
+    if not path.exists():
+        raise ScenarioError(
+            f"{folder} holds no run", key="resume", hint="name a folder with a scenario.toml, as `fedkd run` prints it"
+        )
+    listener = listener or Listener()
+    scenario = load(str(path)).scenario
+    if (folder / "summary.json").exists():
+        result = Result(folder, json.loads((folder / "summary.json").read_text()), skipped=True)
+        listener.run_ended(result)
+        return result
+    federation, strategy = prepare(scenario)
+    return _run(folder, scenario, federation, strategy, listener)
+
+
+def execute_sweep(
+    cells: Sequence[Cell], *, out: Path, file: str = "", fresh: bool = False, listener: Listener | None = None
+) -> tuple[list[tuple[Cell, Result]], list[tuple[Cell, FedKDError]]]:
+    """Run the cells of a sweep one after another; one that fails does not stop the others.
+
+    Parameters
+    ----------
+    cells : sequence of Cell
+        The cells; all are checked before the first one runs.
+    out, file, fresh, listener
+        As in `execute`.
+
+    Returns
+    -------
+    list of (Cell, Result), list of (Cell, FedKDError)
+        What finished, and what failed.
+    """
+    for cell in cells:
+        try:
+            prepare(cell.scenario)
+        except ScenarioError as error:
+            error.file = error.file or file
+            raise
+    finished, failed = [], []
+    with shared_engine(cells[0].scenario):
+        for cell in cells:
+            try:
+                result = execute(cell.scenario, out=out, file=file, fresh=fresh, listener=listener)
+                finished.append((cell, result))
+            except RunError as error:
+                failed.append((cell, error))
+    return finished, failed
+
+
+@contextmanager
+def shared_engine(scenario: Scenario) -> Iterator[None]:
+    """Keep one Ray for several runs: starting it takes seconds."""
+    if scenario.system.engine == "inline":
+        yield
+        return
+    import ray
+
+    from fedkd.engine.pool import start_ray
+
+    mine = start_ray(scenario.system.address, workers_of(scenario))
+    try:
+        yield
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def workers_of(scenario: Scenario) -> int:
+    """Return the number of worker processes: as set, else four a GPU, else one a core."""
+    gpus = torch.cuda.device_count() if scenario.system.device != "cpu" else 0
+    return scenario.system.workers or (4 * gpus if gpus else os.cpu_count() or 1)
+
+
+def make_grid(scenario: Scenario, federation: Federation) -> SimulationGrid:
+    """Return the engine that a scenario asks for, over the clients of a federation."""
+    nodes = Nodes(
+        partition_ids=torch.arange(federation.num_clients).numpy(),
+        archs=federation.archs,
+        num_examples=federation.sizes,
+    )
+    app_factory = partial(make_app, scenario)
+    if scenario.system.engine == "inline":
+        return InlineGrid(app_factory, nodes)
+    workers = workers_of(scenario)
+    gpus = torch.cuda.device_count() if scenario.system.device != "cpu" else 0
+    share = scenario.system.gpu_fraction or gpus / workers
+    return RayGrid(
+        app_factory, nodes, workers=workers, gpus_per_worker=share, address=scenario.system.address
+    )
+
+
+def read_metrics(folder: Path) -> list[Event]:
+    """Return the events of a run's ``metrics.jsonl``, without those that an interruption made void.
+
+    Rounds after the checkpoint from which a run was resumed are computed again, and logged again; a last line
+    that was cut off is left out.
+    """
+    events: list[Event] = []
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if event["event"] == "resumed":
+            events = [e for e in events if e.get("round", 0) <= event["after_round"]]
+        events.append(event)
+    return events
+
+
+# --- one run -------------------------------------------------------------------------------------------------
+
+
+def _folder(scenario: Scenario, out: Path, fresh: bool) -> Path:
+    label = re.sub(r"[^a-z0-9]+", "-", (scenario.label or scenario.strategy.name).lower()).strip("-")
+    folder = out / scenario.name / f"{label}-seed{scenario.run.seed}-{digest(scenario)}"
+    count = 1
+    base = folder.name
+    while fresh and folder.exists():
+        count += 1
+        folder = folder.with_name(f"{base}-{count}")
+    return folder
+
+
+def _run(
+    folder: Path,
+    scenario: Scenario,
+    federation: Federation,
+    strategy: DistillationStrategy,
+    listener: Listener,
+) -> Result:
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    if not scenario.system.server_threads:
+        threads = os.cpu_count() or 1
+        system = scenario.system.model_copy(update={"server_threads": threads})
+        scenario = scenario.model_copy(update={"system": system})
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "scenario.toml", dump(scenario).encode())
+    write_atomic(folder / "environment.json", json.dumps(environment(scenario), indent=2).encode())
+    saved = _last_checkpoint(folder)
+    tree = checkpoint.load(saved) if saved else None
+    began, spent = time.perf_counter(), float(tree["seconds"]) if tree else 0.0
+    with (folder / "metrics.jsonl").open("a") as log:
+
+        def write(event: Event) -> None:
+            if event["event"] not in _LIVE_ONLY:
+                log.write(json.dumps(event) + "\n")
+                log.flush()
+            listener.event(event)
+
+        grid = None
+        try:
+            grid = make_grid(scenario, federation)
+            server = ServerRuntime(scenario, grid, write)
+            strategy.bind(server)
+            if tree is not None:
+                _restore(tree, strategy, server, grid)
+                write({"event": "resumed", "after_round": strategy.round})
+            elif log.tell():
+                write({"event": "resumed", "after_round": 0})
+            listener.run_started(folder, scenario, federation, strategy.round)
+
+            def after_round() -> None:
+                every, rounds = scenario.run.checkpoint_every, scenario.run.rounds
+                if strategy.round % every == 0 or strategy.round == rounds:
+                    seconds = spent + time.perf_counter() - began
+                    _save(folder, strategy, server, grid, seconds)
+
+            strategy.start(grid, after_round=after_round)
+            seconds = spent + time.perf_counter() - began
+            summary = summarise(folder, scenario, strategy, server, federation, seconds)
+            for name, state in strategy.students.items():
+                stem = "model" if len(strategy.students) == 1 else f"model-{re.sub(r'[^A-Za-z0-9]+', '-', name)}"
+                _write_model(folder / f"{stem}.safetensors", state, name)
+            write_atomic(folder / "summary.json", json.dumps(summary, indent=2).encode())
+        except KeyboardInterrupt:
+            write({"event": "interrupted", "round": strategy.__dict__.get("round", 0)})
+            raise RunInterrupted(folder) from None
+        except Exception as error:
+            write({"event": "failed", "error": f"{type(error).__name__}: {error}"})
+            write_atomic(folder / "error.txt", traceback.format_exc().encode())
+            where = f"{error}\n  what was finished is kept: fedkd resume {folder}"
+            if not isinstance(error, FedKDError):
+                where = f"{type(error).__name__}: {where}\n  the traceback is in {folder / 'error.txt'}"
+            raise RunError(where) from error
+        finally:
+            if grid is not None:
+                grid.close()
+    (folder / "error.txt").unlink(missing_ok=True)
+    result = Result(folder, summary)
+    listener.run_ended(result)
+    return result
+
+
+def summarise(
+    folder: Path,
+    scenario: Scenario,
+    strategy: DistillationStrategy,
+    server: ServerRuntime,
+    federation: Federation,
+    seconds: float,
+) -> dict[str, Any]:
+    """Return what ``summary.json`` says about a finished run, from its events."""
+    events = read_metrics(folder)
+    rounds = [e for e in events if e["event"] == "round"]
+    measured = {e["round"]: e for e in rounds if "accuracy" in e}
+    last = measured[max(measured)] if measured else {}
+    best = max(measured.values(), key=lambda e: e["accuracy"], default={})
+    predictors = last.get("predictors", {})
+    return {
+        "label": scenario.label or scenario.strategy.name,
+        "strategy": scenario.strategy.name,
+        "seed": scenario.run.seed,
+        "rounds": strategy.round,
+        "whose": last.get("whose"),
+        "final": last.get("accuracy"),
+        "best": best.get("accuracy"),
+        "best_round": best.get("round"),
+        "accuracy_after": {str(r): measured[r]["accuracy"] for r in ACCURACY_AFTER if r in measured},
+        "ensemble": predictors.get("ensemble", {}).get("accuracy"),
+        "agreement": last.get("agreement"),
+        "clients": (predictors.get("clients") or {}).get("accuracy"),
+        "predictors": predictors,
+        "bytes_up": dict(server.traffic["up"]),
+        "bytes_down": dict(server.traffic["down"]),
+        "seconds": round(seconds, 3),
+        "seconds_by_verb": {
+            verb: round(sum(e["seconds"][verb] for e in rounds), 3) for verb in ("train", "distill", "evaluate")
+        },
+        "refused": sum(e["event"] == "refused" for e in events),
+        "skew": {
+            "jensen_shannon": federation.skew.jensen_shannon,
+            "effective_classes": federation.skew.effective_classes,
+        },
+        "curve": [[r, measured[r]["accuracy"]] for r in sorted(measured)],
+    }
+
+
+def environment(scenario: Scenario) -> dict[str, Any]:
+    """Return versions, machine kind and git commit; never host names, users or paths."""
+    packages = ("fedkd", "flwr", "flwr-datasets", "torch", "torchvision", "ray", "numpy", "scikit-learn")
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = version(name)
+        except Exception:
+            versions[name] = None
+    device = pick_device(scenario.system.device)
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "platform": platform.platform(terse=True),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "engine": scenario.system.engine,
+        "workers": 0 if scenario.system.engine == "inline" else workers_of(scenario),
+        "threads_per_client": 1,
+        "server_threads": scenario.system.server_threads,
+        "trainer": "sequential",
+        "git_commit": _git_commit(),
+        "command": Path(sys.argv[0]).name,
+    }
+
+
+def _git_commit() -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, cwd=Path(__file__).parent
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None if found.returncode == 0 else None
+
+
+def _write_model(path: Path, state: Mapping[str, torch.Tensor], arch: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    save_file({name: t.contiguous() for name, t in state.items()}, temporary, metadata={"arch": arch})
+    os.replace(temporary, path)
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    found = sorted((folder / "checkpoints").glob("round-*"))
+    return found[-1] if found else None
+
+
+def _save(
+    folder: Path, strategy: DistillationStrategy, server: ServerRuntime, grid: SimulationGrid, seconds: float
+) -> None:
+    """Write a checkpoint under a temporary name, rename it, and only then remove the one before."""
+    root = folder / "checkpoints"
+    final = root / f"round-{strategy.round:06d}"
+    temporary = root / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    tree = {
+        "round": strategy.round,
+        "seconds": seconds,
+        "traffic": {way: dict(kinds) for way, kinds in server.traffic.items()},
+        "strategy": strategy.state_dict(),
+        "clients": {str(p): _records_to_tree(records) for p, records in grid.state_dict().items()},
+    }
+    checkpoint.save(tree, temporary)
+    older = [path for path in root.glob("round-*") if path != final]
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    for path in older:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _restore(
+    tree: Mapping[str, Any], strategy: DistillationStrategy, server: ServerRuntime, grid: SimulationGrid
+) -> None:
+    strategy.load_state_dict(tree["strategy"])
+    for way, kinds in tree["traffic"].items():
+        server.traffic[way].update(kinds)
+    grid.load_state_dict({int(p): _tree_to_records(records) for p, records in tree["clients"].items()})
+
+
+def _records_to_tree(records: RecordDict) -> dict[str, Any]:
+    """Return a client's Flower state as a tree: arrays as tensors, metrics and configs as they are."""
+    tree: dict[str, Any] = {"arrays": {}, "metrics": {}, "configs": {}}
+    for name, arrays in records.array_records.items():
+        tree["arrays"][name] = {k: torch.from_numpy(a.numpy().copy()) for k, a in arrays.items()}
+    for name, metrics in records.metric_records.items():
+        tree["metrics"][name] = {k: list(v) if isinstance(v, list) else v for k, v in metrics.items()}
+    for name, config in records.config_records.items():
+        tree["configs"][name] = {
+            k: {"bytes": checkpoint.bytes_to_tensor(v)} if isinstance(v, bytes) else v for k, v in config.items()
+        }
+    return tree
+
+
+def _tree_to_records(tree: Mapping[str, Any]) -> RecordDict:
+    records = RecordDict()
+    for name, arrays in tree["arrays"].items():
+        records[name] = ArrayRecord({k: Array(t.numpy()) for k, t in arrays.items()})
+    for name, metrics in tree["metrics"].items():
+        records[name] = MetricRecord(metrics)
+    for name, config in tree["configs"].items():
+        values = {
+            k: checkpoint.tensor_to_bytes(v["bytes"]) if isinstance(v, dict) else v for k, v in config.items()
+        }
+        records[name] = ConfigRecord(values)
+    return records

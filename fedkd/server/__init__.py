@@ -1,0 +1,1 @@
+"""The server: a Flower ServerApp whose strategies are seven verbs."""

@@ -1,0 +1,380 @@
+"""Trains a student towards targets for the samples of a proxy set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedkd.data.batches import ArrayData, epoch_order, step_order
+from fedkd.data.proxy import ProxySet
+from fedkd.errors import KnowledgeError, RunError, ScenarioError
+from fedkd.losses.response import kd
+from fedkd.scenario import did_you_mean
+from fedkd.server.averaging import StateMean
+from fedkd.server.ensemble import Targets, borrowed
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+@dataclass(frozen=True)
+class DistillReport:
+    """What happened in a distillation.
+
+    Parameters
+    ----------
+    steps : int
+        Optimiser steps taken.
+    loss_first, loss_last : float
+        Loss of the first and the last step's batch, each before its step.
+    best_score : float or None
+        Best validation score; None without validation.
+    best_step : int
+        Steps after which the best score was measured; 0 without validation.
+    stopped_early : bool
+        Whether patience ran out.
+    """
+
+    steps: int
+    loss_first: float
+    loss_last: float
+    best_score: float | None
+    best_step: int
+    stopped_early: bool
+
+
+@dataclass(kw_only=True)
+class Distiller:
+    """How a student is distilled on the server. The defaults are FedDF's (Lin et al., NeurIPS 2020).
+
+    Parameters
+    ----------
+    reduction : str
+        ``batchmean`` or ``mean_all``, a factor of the number of classes; no default, as papers differ in it
+        silently.
+    t_squared : bool
+        Whether the loss is multiplied by T²; no default for the same reason.
+    temperature : float
+        Temperature T of the student, and of targets that are logits.
+    kind : str
+        ``kl``, ``soft_ce``, ``mse`` or ``mae``; see `fedkd.losses.response.kd`.
+    optimizer : str
+        ``adam`` or ``sgd``, fresh in every `fit`.
+    lr : float
+        Learning rate of the first step.
+    momentum : float
+        Momentum of SGD, in [0, 1).
+    weight_decay : float
+        L2 weight decay.
+    schedule : str
+        ``constant``, or ``cosine`` from `lr` towards 0 over all steps.
+    steps : int
+        Optimiser steps; 0 = use `epochs`.
+    epochs : int
+        Passes over the samples that have targets.
+    batch_size : int
+        Samples in a step.
+    clip : float
+        Largest norm of the gradient; 0 = off.
+    check_every : int
+        Steps between validations (and between checks that the loss is finite).
+    patience : int
+        Stop after so many steps without a better validation score; 0 = never.
+    returns : str
+        ``last``; ``best`` on validation, which is the last one where there is no validation; ``swa``, the
+        mean of snapshots of the weights (Izmailov et al. 2018), which is the last one if there were no
+        snapshots.
+    swa_start, swa_every : int
+        Steps after which the first snapshot is taken, and steps between snapshots.
+    norm_buffers : str
+        Running statistics of BatchNorm: ``train`` lets them move to the proxy set, as FedDF does; ``frozen``
+        uses and keeps the student's; ``reestimate`` trains likewise and then computes those of the returned
+        weights afresh on the proxy set, as FedBE does.
+    device : str or torch.device
+        Where the student is trained; it returns to where it was.
+    channels_last : bool
+        Memory layout of image batches and convolutions.
+
+    Raises
+    ------
+    ScenarioError
+        A setting is unknown or out of range.
+    """
+
+    reduction: Literal["batchmean", "mean_all"]
+    t_squared: bool
+    temperature: float = 1.0
+    kind: Literal["kl", "soft_ce", "mse", "mae"] = "kl"
+    optimizer: Literal["adam", "sgd"] = "adam"
+    lr: float = 1e-3
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine"] = "cosine"
+    steps: int = 10_000
+    epochs: int = 1
+    batch_size: int = 128
+    clip: float = 5.0
+    check_every: int = 100
+    patience: int = 1_000
+    returns: Literal["last", "best", "swa"] = "best"
+    swa_start: int = 500
+    swa_every: int = 25
+    norm_buffers: Literal["train", "frozen", "reestimate"] = "train"
+    device: str | torch.device = "cpu"
+    channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        choices = {
+            "reduction": ("batchmean", "mean_all"),
+            "kind": ("kl", "soft_ce", "mse", "mae"),
+            "optimizer": ("adam", "sgd"),
+            "schedule": ("constant", "cosine"),
+            "returns": ("last", "best", "swa"),
+            "norm_buffers": ("train", "frozen", "reestimate"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ScenarioError(
+                    f"distiller: {name} {getattr(self, name)!r} is unknown",
+                    hint=did_you_mean(str(getattr(self, name)), allowed),
+                )
+        # not (x > 0) is true for NaN too
+        for name in ("temperature", "lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ScenarioError(f"distiller: {name} must be > 0, is {getattr(self, name)}")
+        for name in ("weight_decay", "clip", "steps", "epochs", "patience", "swa_start"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ScenarioError(f"distiller: {name} must be >= 0, is {getattr(self, name)}")
+        for name in ("batch_size", "check_every", "swa_every"):
+            if not getattr(self, name) >= 1:
+                raise ScenarioError(f"distiller: {name} must be at least 1, is {getattr(self, name)}")
+        if not 0 <= self.momentum < 1:
+            raise ScenarioError(f"distiller: momentum must be at least 0 and below 1, is {self.momentum}")
+        if not self.steps and not self.epochs:
+            raise ScenarioError("distiller: steps and epochs are both 0", hint="set one of them")
+
+    def fit(
+        self,
+        model: nn.Module,
+        data: ArrayData | ProxySet,
+        targets: Targets,
+        *,
+        generator: np.random.Generator,
+        validate: Callable[[nn.Module], float] | None = None,
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ) -> DistillReport:
+        """Train `model` in place.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The student; ``forward(x)`` returns `fedkd.models.Outputs`. Every module has its mode (train or
+            eval) again afterwards.
+        data : ArrayData or ProxySet
+            The samples. Only those with targets are drawn.
+        targets : Targets
+            Targets by sample id.
+        generator : np.random.Generator
+            Order of the samples, and seed of dropout.
+        validate : callable, optional
+            Score of the model, larger is better; the model is in evaluation mode. A score of NaN is never
+            better.
+        on_step : callable, optional
+            Called after each step with the number of steps and the loss, a scalar on the device: reading its
+            value waits for the device.
+
+        Returns
+        -------
+        DistillReport
+            Steps, losses and scores.
+
+        Raises
+        ------
+        KnowledgeError
+            There are no targets.
+        RunError
+            The loss, the samples or the weights are not finite.
+        ScenarioError
+            Batches of one sample for a model with BatchNorm.
+        """
+        array = data.data if isinstance(data, ProxySet) else data
+        if not len(targets):
+            raise KnowledgeError("nothing to distil: no sample has a target")
+        # Dropout draws from torch's global generator, which is therefore seeded here and restored afterwards.
+        seed = int(generator.integers(2**63))
+        batches = self._batches(model, len(targets), generator)
+        device = torch.device(self.device)
+        with (
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            borrowed(model, device),
+        ):
+            torch.default_generator.manual_seed(seed)
+            if device.type == "cuda":
+                torch.cuda.manual_seed(seed)
+            if self.channels_last:
+                model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+            if not _finite_weights(model):
+                raise RunError("the student has weights that are not finite before its distillation starts")
+            return self._train(model, array, targets, batches, validate, on_step)
+
+    def _batches(self, model: nn.Module, samples: int, generator: np.random.Generator) -> list[np.ndarray]:
+        """Rows of the targets for every step."""
+        learns_statistics = self.norm_buffers != "frozen" and any(
+            isinstance(m, BatchNorm) for m in model.modules()
+        )
+        if learns_statistics and min(samples, self.batch_size) < 2:
+            raise ScenarioError(
+                f"distiller: BatchNorm needs batches of at least 2 samples; batch_size is {self.batch_size}, "
+                f"{samples} sample(s) have targets",
+                hint="enlarge the batch or the proxy set, or set models.norm = 'group'",
+            )
+        rows = np.arange(samples)
+        if self.steps:
+            return step_order(rows, self.batch_size, self.steps, generator, drop_single=learns_statistics)
+        return [
+            batch
+            for _ in range(self.epochs)
+            for batch in epoch_order(rows, self.batch_size, generator, drop_single=learns_statistics)
+        ]
+
+    def _train(
+        self,
+        model: nn.Module,
+        data: ArrayData,
+        targets: Targets,
+        batches: list[np.ndarray],
+        validate: Callable[[nn.Module], float] | None,
+        on_step: Callable[[int, Tensor], None] | None,
+    ) -> DistillReport:
+        values = targets.values.to(self.device)
+        ids = targets.ids.cpu()
+        optimizer = self._optimizer(model)
+        parameters = list(model.parameters())
+        first = last = total = torch.zeros((), device=self.device)
+        best_score, best_step, best_state = None, 0, None
+        snapshots = StateMean("the student")
+        step, stopped = 0, False
+        self._training_mode(model)
+        for rows in batches:
+            for group in optimizer.param_groups:
+                group["lr"] = self._rate(step, len(batches))
+            at = torch.from_numpy(rows)
+            batch = data.gather(ids[at], device=self.device, channels_last=self.channels_last)
+            last = kd(
+                model(batch.x).logits,
+                values[at.to(values.device)],
+                temperature=self.temperature,
+                reduction=self.reduction,
+                t_squared=self.t_squared,
+                target_space="logits" if targets.space == "logits" else "probs",
+                kind=self.kind,
+            )
+            optimizer.zero_grad(set_to_none=True)
+            last.backward()
+            if self.clip:
+                nn.utils.clip_grad_norm_(parameters, self.clip)
+            optimizer.step()
+            last = last.detach()
+            first = last if step == 0 else first
+            total = total + last
+            step += 1
+            if on_step is not None:
+                on_step(step, last)
+            if (
+                self.returns == "swa"
+                and step >= self.swa_start
+                and (step - self.swa_start) % self.swa_every == 0
+            ):
+                snapshots.add(model.state_dict())
+            if step % self.check_every and step < len(batches):
+                continue
+            # Not finite once, the sum stays so: one look at the device for many steps.
+            if not math.isfinite(float(total)) or not _finite_weights(model):
+                raise self._diverged(data, ids, step)
+            if validate is None:
+                continue
+            score = self._score(model, validate)
+            if best_score is None or score > best_score:
+                best_score, best_step = score, step
+                if self.returns == "best":
+                    best_state = _copy(model)
+            elif self.patience and step - best_step >= self.patience:
+                stopped = True
+                break
+        if best_state is not None:
+            model.load_state_dict(best_state)
+        elif snapshots.count:
+            model.load_state_dict(snapshots.result())
+        if self.norm_buffers == "reestimate":
+            self._reestimate(model, data, ids)
+        return DistillReport(step, float(first), float(last), best_score, best_step, stopped)
+
+    def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        if self.optimizer == "adam":
+            return torch.optim.Adam(model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        return torch.optim.SGD(
+            model.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
+        )
+
+    def _rate(self, step: int, steps: int) -> float:
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        return self.lr
+
+    def _training_mode(self, model: nn.Module) -> None:
+        model.train()
+        if self.norm_buffers == "frozen":
+            for module in model.modules():
+                if isinstance(module, BatchNorm):
+                    module.eval()
+
+    def _score(self, model: nn.Module, validate: Callable[[nn.Module], float]) -> float:
+        model.eval()
+        with torch.no_grad():
+            score = float(validate(model))
+        self._training_mode(model)
+        return -math.inf if math.isnan(score) else score
+
+    def _reestimate(self, model: nn.Module, data: ArrayData, ids: Tensor) -> None:
+        """Compute BatchNorm's running statistics afresh: their mean over batches of the samples, in order."""
+        norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+        momenta = [module.momentum for module in norms]
+        model.eval()
+        for module in norms:
+            module.train()
+            module.reset_running_stats()
+            module.momentum = None  # the cumulative mean, every batch weighing the same
+        with torch.no_grad():
+            for rows in ids.split(self.batch_size) if norms else ():
+                if len(rows) > 1:
+                    model(data.gather(rows, device=self.device, channels_last=self.channels_last).x)
+        for module, momentum in zip(norms, momenta, strict=True):
+            module.momentum = momentum
+
+    def _diverged(self, data: ArrayData, ids: Tensor, step: int) -> RunError:
+        """Say why the loss is not finite; targets and first weights have been checked before."""
+        for rows in ids.split(512):
+            finite = torch.isfinite(data.gather(rows).x.flatten(1).float()).all(1)
+            if not bool(finite.all()):
+                return RunError(
+                    f"distillation failed: proxy sample {int(rows[~finite][0])} holds NaN or infinite numbers"
+                )
+        clipped = "" if self.clip else ", or clip gradients (clip is off)"
+        return RunError(
+            f"distillation diverged within {step} steps: the loss or the student's weights are not finite, "
+            f"though samples and targets are; lower the learning rate ({self.lr:g}){clipped}"
+        )
+
+
+def _finite_weights(model: nn.Module) -> bool:
+    sums = [parameter.detach().sum() for parameter in model.parameters()]
+    return not sums or bool(torch.isfinite(torch.stack(sums)).all())
+
+
+def _copy(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

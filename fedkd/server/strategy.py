@@ -1,0 +1,423 @@
+"""The server half of a method: a Flower strategy made of seven verbs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from torch import Tensor
+
+from fedkd.client.local import LocalTraining
+from fedkd.errors import KnowledgeError, RunError
+from fedkd.payloads import Knowledge, State, Weights
+from fedkd.seeds import Purpose, rng
+from fedkd.server.averaging import average
+from fedkd.server.ensemble import Ensemble, ModelMember
+from fedkd.server.evaluation import agreement, scores, spread
+from fedkd.server.runtime import ServerRuntime, Upload
+from fedkd.server.selection import select
+
+if TYPE_CHECKING:
+    from fedkd.data.batches import ArrayData
+
+Predict = Callable[["ArrayData"], Tensor]
+
+
+@dataclass(kw_only=True)
+class DistillationStrategy(Strategy):
+    """Base of all strategies: federated averaging; methods override the verbs that differ.
+
+    Hyper-parameters of a method are the keyword-only fields of its dataclass: a scenario's ``[strategy]`` table is
+    validated against them. Their defaults are the paper's; ``presets["code"]`` holds the authors' released
+    settings where they differ.
+
+    Notes
+    -----
+    A round is select → broadcast → (clients: absorb, learn, share) → fuse → distill → evaluate. `prepare` runs once
+    before round 1. `exchange` holds further exchanges with clients inside a round. `bind` gives the strategy
+    ``self.server``, the data, models and grid of the run.
+    """
+
+    paper: ClassVar[str] = ""
+    year: ClassVar[int] = 0
+    travels_up: ClassVar[str] = "weights: 4·|θ|"
+    travels_down: ClassVar[str] = "weights: 4·|θ|"
+    requires: ClassVar[frozenset[str]] = frozenset()
+    heterogeneous: ClassVar[bool] = False
+    pitfalls: ClassVar[str] = ""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    local: ClassVar[type[LocalTraining]] = LocalTraining
+    """Client half of the method."""
+
+    shares_weights: ClassVar[bool] = True
+    """Whether clients receive a global model; else they own theirs and are evaluated on the global test set."""
+
+    keeps_members: ClassVar[bool] = False
+    """Whether `distill` needs the uploads of the round, as ``self.members``."""
+
+    weighting: ClassVar[str] = "examples"
+    """Weights of the average: ``examples`` or ``uniform``. A method may make it a field."""
+
+    def bind(self, server: ServerRuntime) -> None:
+        """Give the strategy its run: data, models, grid. Called once, before `start`.
+
+        Parameters
+        ----------
+        server : ServerRuntime
+            The server's side of the scenario.
+        """
+        self.server = server
+        self.round = 0
+        self.members: list[Upload] = []
+        self.received = 0
+        archs = server.archs if self.shares_weights else [server.server_arch]
+        self.students: dict[str, State] = {arch: server.initial(arch) for arch in archs}
+
+    def needs(self) -> frozenset[str]:
+        """Return what the scenario must have with these hyper-parameters. Default: `requires`."""
+        return self.requires
+
+    # --- the verbs -------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Run once before round 1. Default: nothing."""
+
+    def select(self) -> list[int]:
+        """Return the partition ids that take part in this round, ascending."""
+        federation, run = self.server.federation, self.server.scenario.run
+        return select(federation.eligible, federation.num_clients, run.participation, run.seed, self.round)
+
+    def broadcast(self, selected: list[int]) -> Mapping[int, Knowledge]:
+        """Return what each selected client gets. Default: the weights of its architecture.
+
+        Clients that get the same `Knowledge` object share one content on the wire.
+        """
+        by_arch = {arch: Knowledge.of(Weights(state, arch)) for arch, state in self.students.items()}
+        return {p: by_arch[self.server.federation.archs[p]] for p in selected}
+
+    def check(self, upload: Upload) -> None:
+        """Refuse an upload that cannot be used. Default: it must hold weights that fit its architecture.
+
+        Raises
+        ------
+        KnowledgeError
+            With the reason; the upload is counted as refused and the round goes on.
+        """
+        weights: Weights = upload.knowledge["weights"]
+        if weights.arch != upload.arch:
+            raise KnowledgeError(f"weights of {weights.arch} from a client with {upload.arch}")
+        weights.check(self.server.initial(upload.arch))
+        if upload.num_examples < 1:
+            raise KnowledgeError("no examples behind the upload")
+
+    def fuse(self, uploads: Iterable[Upload]) -> None:
+        """Turn the uploads, streamed in partition order, into models or targets. Default: average by architecture."""
+        weights: Any = self.weighting
+        averaged = average(uploads, by="arch", weights=weights)
+        self.students = {**self.students, **averaged}
+
+    def distill(self) -> None:
+        """Improve the students on proxy data. Default: nothing."""
+
+    def predictors(self) -> dict[str, Predict]:
+        """Return the models on the server whose accuracy is reported, by name: data → logits [N, C].
+
+        Default: ``server``, one for each architecture where there are several, and ``ensemble`` where the uploads
+        of the round are kept.
+        """
+        named: dict[str, Predict] = {}
+        for arch, state in self.students.items():
+            name = "server" if len(self.students) == 1 else f"server/{arch}"
+            named[name] = partial(self.server.predict, arch, state)
+        if self.members:
+            ensemble = self.ensemble()
+            named["ensemble"] = lambda data: ensemble.targets(data).log_probs()
+        return named
+
+    # --- shared machinery ------------------------------------------------------------------------------------
+
+    def ensemble(self) -> Ensemble:
+        """Return the ensemble of this round's uploaded models. Default: the mean of their logits."""
+        return Ensemble(self.teachers(), space="logits", reduce="mean")
+
+    def teachers(self) -> list[ModelMember]:
+        """Return this round's uploaded models as members of an ensemble."""
+        return [
+            ModelMember(
+                self.server.model(u.arch), u.state, device=self.server.device, channels_last=self.server.channels_last
+            )
+            for u in self.members
+        ]
+
+    def exchange(
+        self,
+        action: str,
+        knowledge: Mapping[int, Knowledge],
+        *,
+        check: Callable[[Upload], None] | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> Iterator[Upload]:
+        """Send knowledge to clients and yield their checked uploads in partition order.
+
+        Parameters
+        ----------
+        action : str
+            Flower message type: ``train``, ``evaluate``, ``train.<action>``, ``query.<action>``.
+        knowledge : mapping of int to Knowledge
+            What each client gets, by partition id.
+        check : callable, optional
+            Replaces ``self.check``.
+        config : mapping, optional
+            Further scalars for the clients.
+        """
+        return self.server.exchange(
+            action, knowledge, round=self.round, check=check or self.check, config=config
+        )
+
+    def rng(self, purpose: Purpose = Purpose.METHOD_SERVER) -> np.random.Generator:
+        """Return the server's generator for a purpose in this round."""
+        return rng(self.server.seed, purpose, self.round)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs: nested dicts and lists of tensors, numbers and strings.
+
+        Methods with more state extend it, and `load_state_dict` with it.
+        """
+        return {"round": self.round, "students": self.students}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.round = int(state["round"])
+        self.students = {arch: dict(student) for arch, student in state["students"].items()}
+
+    # --- one round, and the run ------------------------------------------------------------------------------
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord | None = None,
+        num_rounds: int = 0,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        *,
+        after_round: Callable[[], None] = lambda: None,
+    ) -> Result:
+        """Run the rounds that are left.
+
+        Replaces Flower's own loop, which has no start round, no hooks between rounds, and carries one ArrayRecord.
+
+        Parameters
+        ----------
+        grid : Grid
+            The grid that the bound server holds.
+        initial_arrays : ArrayRecord, optional
+            Replaces the initial weights of the (first) architecture.
+        num_rounds : int
+            Rounds in all; 0 takes the scenario's.
+        timeout, train_config, evaluate_config, evaluate_fn
+            Of Flower's signature; evaluation is the scenario's.
+        after_round : callable
+            Called when a round is complete (checkpoints).
+
+        Returns
+        -------
+        Result
+            Final arrays of the first student, and server metrics by round.
+        """
+        if getattr(self, "server", None) is None or self.server.grid is not grid:
+            raise RunError("bind the strategy to a ServerRuntime with this grid before start()")
+        scenario = self.server.scenario
+        rounds = num_rounds or scenario.run.rounds
+        if initial_arrays is not None:
+            first = next(iter(self.students))
+            self.students[first] = {k: torch.from_numpy(a.numpy()) for k, a in initial_arrays.items()}
+        threads = torch.get_num_threads()
+        if scenario.system.server_threads:
+            torch.set_num_threads(scenario.system.server_threads)
+        result = Result()
+        try:
+            if self.round == 0:
+                self.prepare()
+            while self.round < rounds:
+                self.round += 1
+                record = self.run_round(last=self.round == rounds)
+                if "accuracy" in record:
+                    result.evaluate_metrics_serverapp[self.round] = MetricRecord(
+                        {"accuracy": float(record["accuracy"])}
+                    )
+                after_round()
+        finally:
+            torch.set_num_threads(threads)
+        result.arrays = self.arrays()
+        return result
+
+    def run_round(self, last: bool = False) -> dict[str, Any]:
+        """Run one round, emit its event, and return the event's fields."""
+        server, run = self.server, self.server.scenario.run
+        before = {way: dict(kinds) for way, kinds in server.traffic.items()}
+        clock = [time.perf_counter()]
+        selected = self.select()
+        due = last or self.round % run.evaluate_every == 0
+        keep = self.keeps_members or (due and run.evaluate_ensemble and self.shares_weights)
+        server.emit("started", round=self.round, clients=selected)
+        self.train_metrics: dict[str, float] = {}
+        self.train(selected, keep)
+        clock.append(time.perf_counter())
+        self.distill()
+        clock.append(time.perf_counter())
+        measured = self.evaluate() if due else {}
+        self.members = []
+        clock.append(time.perf_counter())
+        seconds = dict(zip(("train", "distill", "evaluate"), np.diff(clock).round(4).tolist(), strict=True))
+        traffic = {
+            way: {kind: total - before[way].get(kind, 0) for kind, total in kinds.items()}
+            for way, kinds in server.traffic.items()
+        }
+        record = {
+            "round": self.round,
+            "selected": len(selected),
+            "received": self.received,
+            "train": self.train_metrics,
+            **measured,
+            "bytes_up": traffic["up"],
+            "bytes_down": traffic["down"],
+            "seconds": seconds,
+        }
+        server.emit("round", **record)
+        return record
+
+    def train(self, selected: list[int], keep: bool) -> None:
+        """Broadcast, let the clients train, and fuse what they share."""
+        self.fuse(self.receive(self.exchange("train", self.broadcast(selected)), keep))
+
+    def receive(self, uploads: Iterable[Upload], keep: bool) -> Iterator[Upload]:
+        """Pass uploads through: count them, average their metrics, keep them as members if asked to.
+
+        Raises
+        ------
+        RunError
+            Fewer uploads arrived than ``system.min_replies``.
+        """
+        self.members, self.received, total = [], 0, 0
+        sums: dict[str, float] = {}
+        for upload in uploads:
+            self.received += 1
+            total += upload.num_examples
+            for name, value in upload.knowledge.metrics.items():
+                sums[name] = sums.get(name, 0.0) + value * upload.num_examples
+            if keep:
+                self.members.append(upload)
+            self.server.emit("reply", round=self.round, partition_id=upload.partition_id)
+            yield upload
+        self.train_metrics = {name: value / max(total, 1) for name, value in sums.items()}
+        needed = self.server.scenario.system.min_replies
+        if self.received < needed:
+            raise RunError(
+                f"round {self.round}: {self.received} usable uploads, at least {needed} are needed "
+                "(system.min_replies); the reasons are in metrics.jsonl as 'refused' events"
+            )
+
+    def evaluate(self) -> dict[str, Any]:
+        """Measure all predictors on the global test set, and clients where the scenario or method wants it.
+
+        Returns
+        -------
+        dict
+            ``accuracy`` and ``whose`` it is, ``predictors`` (scores by name), ``agreement`` of student and ensemble.
+        """
+        federation, run = self.server.federation, self.server.scenario.run
+        labels = torch.tensor(np.asarray(federation.test.labels), dtype=torch.int64)
+        logits = {name: predict(federation.test) for name, predict in self.predictors().items()}
+        measured: dict[str, Any] = {name: scores(out, labels) for name, out in logits.items()}
+        if not self.shares_weights:
+            measured["clients"] = self.evaluate_clients(federation.eligible, on="global")
+        if run.evaluate_clients != "none":
+            chosen = self.select() if run.evaluate_clients == "selected" else federation.eligible
+            measured["clients-local"] = self.evaluate_clients(chosen, on="local")
+        record: dict[str, Any] = {**self.headline(measured), "predictors": measured}
+        if "ensemble" in logits and "server" in logits:
+            record["agreement"] = agreement(logits["server"], logits["ensemble"])
+        return record
+
+    def headline(self, measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the accuracy that tables show, and whose it is."""
+        for whose in ("server", "clients"):
+            if whose in measured:
+                return {"accuracy": measured[whose]["accuracy"], "whose": whose}
+        servers = [scored["accuracy"] for name, scored in measured.items() if name.startswith("server/")]
+        if servers:
+            return {"accuracy": sum(servers) / len(servers), "whose": f"mean of {len(servers)} server models"}
+        return {}
+
+    def evaluate_clients(
+        self, partition_ids: Iterable[int], on: Literal["local", "global"]
+    ) -> dict[str, float]:
+        """Let clients evaluate: the global model if there is one, else their own.
+
+        Parameters
+        ----------
+        partition_ids : iterable of int
+            The clients.
+        on : str
+            ``local`` for each client's own test split, ``global`` for the global test set.
+
+        Returns
+        -------
+        dict
+            ``accuracy`` (mean over clients), ``worst_decile``, ``clients``; empty if nobody has test data.
+        """
+        chosen = [int(p) for p in partition_ids]
+        knowledge = self.broadcast(chosen) if self.shares_weights else dict.fromkeys(chosen, Knowledge())
+        traffic = {way: kinds.copy() for way, kinds in self.server.traffic.items()}
+        replies = self.exchange("evaluate", knowledge, check=lambda upload: None, config={"on": on})
+        accuracies = [u.knowledge.metrics["accuracy"] for u in replies if u.num_examples]
+        self.server.traffic = traffic  # what the simulator measures does not travel in the method
+        return spread(accuracies) if accuracies else {}
+
+    # --- Flower's own interface, in terms of the verbs ---------------------------------------------------------
+
+    def arrays(self) -> ArrayRecord:
+        """Return the first student's weights as a Flower record."""
+        first = next(iter(self.students.values()), {})
+        return ArrayRecord({name: Array(tensor.numpy()) for name, tensor in first.items()})
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return the train messages of a round (Flower's interface)."""
+        self.round = server_round
+        return self.server.messages("train", self.broadcast(self.select()), round=server_round)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Fuse replies and distill (Flower's interface)."""
+        uploads = self.server.read(replies, round=server_round, check=self.check)
+        self.train_metrics = {}
+        self.fuse(self.receive(uploads, keep=self.keeps_members))
+        self.distill()
+        return self.arrays(), MetricRecord(dict(self.train_metrics))
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return no messages: clients are evaluated by `evaluate` as the scenario says (Flower's interface)."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Return nothing (Flower's interface)."""
+        return None
+
+    def summary(self) -> None:
+        """Print nothing: runs report themselves (Flower's interface)."""

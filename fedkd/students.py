@@ -1,0 +1,139 @@
+"""Students as a scenario wants them: built from one seed, and the part of their state that travels."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedkd import models
+from fedkd.payloads import State
+from fedkd.seeds import Purpose, torch_seed
+
+if TYPE_CHECKING:
+    from fedkd.data.batches import ArrayData
+    from fedkd.data.sources import Dataset
+    from fedkd.scenario import Scenario
+
+
+def build_student(scenario: Scenario, dataset: Dataset, arch: str) -> nn.Module:
+    """Build the model that every client of an architecture starts from.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        Its ``models`` section and the run's seed.
+    dataset : Dataset
+        Tells the shape of inputs and the number of classes.
+    arch : str
+        Name of the model.
+
+    Returns
+    -------
+    nn.Module
+        ``forward(x)`` returns `fedkd.models.Outputs`; equal bits for equal seed and name in every process.
+    """
+    name_id = zlib.crc32(arch.encode())
+    return models.build(
+        arch,
+        num_classes=dataset.num_classes,
+        input_shape=dataset.input_shape,
+        kind=dataset.kind,
+        vocab_size=dataset.vocab_size,
+        norm=scenario.models.norm,
+        seed=torch_seed(scenario.run.seed, Purpose.MODEL_INIT, partition=name_id),
+        pretrained=scenario.models.pretrained,
+        **scenario.models.options,
+    )
+
+
+def travelling(model: nn.Module, buffers: str) -> State:
+    """Return copies of the entries of a model's state that travel.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    buffers : str
+        ``all``, or ``params_only`` to leave running statistics at home.
+    """
+    parameters = {name for name, _ in model.named_parameters()}
+    return {
+        name: tensor.detach().cpu().contiguous().clone()
+        for name, tensor in model.state_dict().items()
+        if buffers == "all" or name in parameters
+    }
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether a model has BatchNorm layers, which cannot be trained on a batch of one."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+
+def pick_device(setting: str) -> torch.device:
+    """Return the device for a setting: ``auto`` takes a GPU if this process sees one."""
+    if setting == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(setting)
+
+
+def predict(
+    model: nn.Module,
+    data: ArrayData,
+    ids: Tensor | np.ndarray | Sequence[int],
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    device: str | torch.device = "cpu",
+    batch_size: int = 512,
+    channels_last: bool = False,
+) -> Tensor:
+    """Return a model's logits in evaluation mode; the model comes back with its weights, modes and device.
+
+    Parameters
+    ----------
+    model : nn.Module
+        ``forward(x)`` returns `fedkd.models.Outputs`.
+    data : ArrayData
+        Where the samples are.
+    ids : Tensor
+        Which samples, shape [n].
+    state : mapping of str to Tensor, optional
+        Weights to use instead of the model's own.
+    device, batch_size, channels_last
+        Where it runs, samples in a forward pass, memory layout of image batches.
+
+    Returns
+    -------
+    Tensor
+        float32 on the CPU, shape [n, C].
+    """
+    chunks: list[Tensor] = []
+    with borrowed(model, device), torch.inference_mode():
+        model.eval()
+        moved = None if state is None else {name: tensor.to(device) for name, tensor in state.items()}
+        for rows in torch.as_tensor(ids).cpu().long().split(batch_size):
+            x = data.gather(rows, device=device, channels_last=channels_last).x
+            out = model(x) if moved is None else torch.func.functional_call(model, moved, (x,))
+            chunks.append(out.logits.float())
+        logits = torch.cat(chunks).cpu()
+    return logits.clone()  # outside of inference mode: autograd refuses inference tensors
+
+
+@contextmanager
+def borrowed(model: nn.Module, device: str | torch.device) -> Iterator[None]:
+    """Move a model to a device; afterwards every module has its mode again, and the model is back where it was."""
+    home = next((t.device for t in chain(model.parameters(), model.buffers())), torch.device("cpu"))
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.to(device)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        model.to(home)

@@ -1,0 +1,1 @@
+"""Scenarios that come with fedkd: one TOML file each, run with ``fedkd run NAME``."""
