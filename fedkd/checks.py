@@ -108,9 +108,8 @@ def _source(source: str, key: str, folder: str, more: tuple[str, ...] = ()) -> N
     kind, _, name = source.partition(":")
     patterns = {pattern.partition(":")[0]: pattern for pattern in sources.names()}
     if kind not in patterns:
-        known = [*more, *patterns.values()]
-        near = did_you_mean(kind, [*more, *patterns], "")
-        hint = (near.split("? ")[0] + "? " if near.startswith("did") else "") + "known: " + ", ".join(known)
+        guess = did_you_mean(kind, [*more, *patterns], "")
+        hint = f"{guess} known: {', '.join([*more, *patterns.values()])}".strip()
         raise ScenarioError(f"unknown data set {source!r}", key=key, hint=hint)
     if (":" in patterns[kind]) != bool(name):
         raise ScenarioError(

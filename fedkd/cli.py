@@ -5,7 +5,8 @@ from __future__ import annotations
 import keyword
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING
 from pathlib import Path
 from string import Template
@@ -70,10 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt) as interrupt:
-        stopped = interrupt.__cause__ if isinstance(interrupt, click.Abort) else interrupt
-        folder = getattr(stopped, "folder", None)
-        _complain("interrupted" + (f"; go on with: fedkd resume {folder}" if folder else ""))
+    except (click.Abort, KeyboardInterrupt):
         return 130
     except FedKDError as error:
         _complain(f"error: {error}")
@@ -85,6 +83,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _complain(text: str) -> None:
     Console(stderr=True, soft_wrap=True, highlight=False).print(text, markup=False)
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Turn Ctrl-C into a line that says how to go on, and exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        folder = getattr(interrupt, "folder", None)
+        _complain("interrupted" + (f"; go on with: fedkd resume {folder}" if folder else ""))
+        raise typer.Exit(130) from None
 
 
 def _version(wanted: bool) -> None:
@@ -123,7 +132,7 @@ def run(
     from fedkd.run import execute_sweep
     from fedkd.screen import Screen
 
-    with Screen(console, cells) as screen:
+    with _resumable(), Screen(console, cells) as screen:
         finished, failed = execute_sweep(cells, out=out, file=document.file, fresh=fresh, listener=screen)
     screen.conclude(finished, out / document.scenario.name)
     for cell, error in failed:
@@ -144,7 +153,7 @@ def resume(
     from fedkd import run as runs
     from fedkd.screen import Screen
 
-    with Screen(console) as screen:
+    with _resumable(), Screen(console) as screen:
         result = runs.resume(folder, listener=screen)
     screen.conclude([(None, result)], folder)
 
@@ -153,7 +162,7 @@ def resume(
 def validate(scenario: ScenarioArgument, set_: SetOption = None, cache: CacheOption = None) -> None:
     """Check a scenario and its data without running it."""
     document, cells = _checked(scenario, set_ or [], cache)
-    names = ", ".join(dict.fromkeys(cell.title for cell in cells))
+    names = "; ".join(dict.fromkeys(cell.title for cell in cells))
     count = "one cell" if len(cells) == 1 else f"{len(cells)} cells"
     console.print(
         f"{escape(document.file)}: valid, {count}: {escape(names)}", highlight=False, soft_wrap=True
@@ -223,7 +232,7 @@ def _strategies() -> dict[str, str]:
 def _models() -> dict[str, str]:
     from fedkd import models
 
-    return {name: models.describe(name) for name in models.names()}
+    return {name: models.describe(name) for name in models.names()} | models.PATTERNS
 
 
 def _datasets() -> dict[str, str]:
@@ -302,14 +311,17 @@ def describe(
         console.print(f"\n{find(name)}", markup=False, highlight=False, soft_wrap=True)
         return
     known = [*plugins.strategy_names(), *shipped()]
+    found = False
     for kind in ("models", "datasets", "partitioners", "losses"):
         entries = KINDS[kind]()
         known += entries
         for entry, line in entries.items():
             if name == entry or (":" in entry and name.partition(":")[0] == entry.partition(":")[0]):
                 console.print(f"{entry} ({kind}): {line}", markup=False, highlight=False)
-                return
-    raise ScenarioError(f"nothing is called {name!r}", hint=did_you_mean(name, known))
+                found = True
+    if not found:
+        hint = f"{did_you_mean(name, known, '')} see fedkd list".strip()
+        raise ScenarioError(f"nothing is called {name!r}", hint=hint)
 
 
 def _describe_strategy(name: str, cls: Any) -> None:
@@ -392,15 +404,15 @@ def new_strategy(
         ) from None
     for path in files:
         console.print(str(path), markup=False, highlight=False, soft_wrap=True)
-    steps = [
-        f"cd {target}",
-        f"fedkd run {name}.toml            # runs it, by module:attribute",
-        "pytest                          # its test",
-        f'pip install -e .                # then strategy = "{name}" works in any scenario',
-    ]
-    console.print(
-        "\n" + "\n".join(f"  {step}" for step in steps), markup=False, highlight=False, soft_wrap=True
-    )
+    steps = {
+        f"cd {target}": "",
+        f"fedkd run {name}.toml": "# runs it, by module:attribute",
+        "pytest": "# its test",
+        "pip install -e .": f'# then strategy = "{name}" works in any scenario',
+    }
+    width = max(map(len, steps))
+    lines = [f"  {step:{width}}  {note}".rstrip() for step, note in steps.items()]
+    console.print("\n" + "\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -386,7 +386,7 @@ def _within(number: float, bounds: Mapping[str, Any]) -> bool:
 
 def _unmet(strategy: Any, scenario: Scenario) -> list[ScenarioError]:
     errors: dict[str, ScenarioError] = {}
-    for requirement in sorted(getattr(strategy, "requires", ())):
+    for requirement in sorted(strategy.needs()):
         if requirement not in _REQUIREMENTS:
             problem = f"{scenario.strategy.name} requires {requirement!r}, which nothing provides"
             hint = did_you_mean(requirement, _REQUIREMENTS, "requirements")

@@ -36,16 +36,15 @@ from safetensors.torch import save_file
 
 from fedkd import checkpoint, plugins
 from fedkd.client.handlers import make_app
-from fedkd.client.terms import check_teacher
 from fedkd.data.federation import Federation, build_federation
 from fedkd.engine import InlineGrid, Nodes, RayGrid
 from fedkd.engine.grid import SimulationGrid
 from fedkd.errors import FedKDError, RunError, ScenarioError
-from fedkd.report.files import write_atomic
+from fedkd.files import write_atomic
 from fedkd.scenario import Scenario, check, check_data, digest, dump, load
 from fedkd.server.runtime import Event, ServerRuntime
 from fedkd.server.strategy import DistillationStrategy
-from fedkd.students import pick_device
+from fedkd.students import keep_freed_memory, pick_device
 
 if TYPE_CHECKING:
     from fedkd.sweep import Cell
@@ -101,7 +100,17 @@ class Result:
 
     def row(self, values: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return the row that tables are made of (see `fedkd.report.tables`)."""
-        keys = ("label", "seed", "whose", "best", "final", "accuracy_after", "ensemble", "agreement", "clients")
+        keys = (
+            "label",
+            "seed",
+            "whose",
+            "best",
+            "final",
+            "accuracy_after",
+            "ensemble",
+            "agreement",
+            "clients",
+        )
         row = {key: self.summary[key] for key in keys if self.summary.get(key) is not None}
         row["bytes_up"] = sum(self.summary["bytes_up"].values())
         row["bytes_down"] = sum(self.summary["bytes_down"].values())
@@ -129,16 +138,8 @@ def prepare(scenario: Scenario) -> tuple[Federation, DistillationStrategy]:
     """
     check(scenario)
     strategy = plugins.make_strategy(scenario)
-    for term in scenario.client.terms:
-        check_teacher(term.teacher, shares_weights=strategy.shares_weights)
     federation = build_federation(scenario)
     check_data(scenario, federation)
-    if len(set(federation.archs)) > 1 and not strategy.heterogeneous:
-        raise ScenarioError(
-            f"{scenario.strategy.name} needs one architecture, the federation has {len(set(federation.archs))}",
-            key="models.student",
-            hint="name one model, or choose a strategy that allows several (fedkd list strategies)",
-        )
     return federation, strategy
 
 
@@ -201,7 +202,9 @@ def resume(folder: Path, *, listener: Listener | None = None) -> Result:
     path = folder / "scenario.toml"
     if not path.exists():
         raise ScenarioError(
-            f"{folder} holds no run", key="resume", hint="name a folder with a scenario.toml, as `fedkd run` prints it"
+            f"{folder} holds no run",
+            key="resume",
+            hint="name a folder with a scenario.toml, as `fedkd run` prints it",
         )
     listener = listener or Listener()
     scenario = load(str(path)).scenario
@@ -257,12 +260,14 @@ def shared_engine(scenario: Scenario) -> Iterator[None]:
 
     from fedkd.engine.pool import start_ray
 
-    mine = start_ray(scenario.system.address, workers_of(scenario))
+    if ray.is_initialized():
+        yield
+        return
+    start_ray(scenario.system.address, workers_of(scenario))
     try:
         yield
     finally:
-        if mine:
-            ray.shutdown()
+        ray.shutdown()
 
 
 def workers_of(scenario: Scenario) -> int:
@@ -329,6 +334,7 @@ def _run(
     listener: Listener,
 ) -> Result:
     logging.getLogger("flwr").setLevel(logging.WARNING)
+    keep_freed_memory()
     if not scenario.system.server_threads:
         threads = os.cpu_count() or 1
         system = scenario.system.model_copy(update={"server_threads": threads})
@@ -369,7 +375,9 @@ def _run(
             seconds = spent + time.perf_counter() - began
             summary = summarise(folder, scenario, strategy, server, federation, seconds)
             for name, state in strategy.students.items():
-                stem = "model" if len(strategy.students) == 1 else f"model-{re.sub(r'[^A-Za-z0-9]+', '-', name)}"
+                stem = (
+                    "model" if len(strategy.students) == 1 else f"model-{re.sub(r'[^A-Za-z0-9]+', '-', name)}"
+                )
                 _write_model(folder / f"{stem}.safetensors", state, name)
             write_atomic(folder / "summary.json", json.dumps(summary, indent=2).encode())
         except KeyboardInterrupt:
@@ -424,7 +432,8 @@ def summarise(
         "bytes_down": dict(server.traffic["down"]),
         "seconds": round(seconds, 3),
         "seconds_by_verb": {
-            verb: round(sum(e["seconds"][verb] for e in rounds), 3) for verb in ("train", "distill", "evaluate")
+            verb: round(sum(e["seconds"][verb] for e in rounds), 3)
+            for verb in ("train", "distill", "evaluate")
         },
         "refused": sum(e["event"] == "refused" for e in events),
         "skew": {
@@ -528,7 +537,8 @@ def _records_to_tree(records: RecordDict) -> dict[str, Any]:
         tree["metrics"][name] = {k: list(v) if isinstance(v, list) else v for k, v in metrics.items()}
     for name, config in records.config_records.items():
         tree["configs"][name] = {
-            k: {"bytes": checkpoint.bytes_to_tensor(v)} if isinstance(v, bytes) else v for k, v in config.items()
+            k: {"bytes": checkpoint.bytes_to_tensor(v)} if isinstance(v, bytes) else v
+            for k, v in config.items()
         }
     return tree
 

@@ -39,15 +39,21 @@ class Data(Section):
     """Where training and test data come from."""
 
     source: str = Field(
-        "digits",
+        default="digits",
         description="digits | npz:PATH | torchvision:NAME | hub:NAME | synthetic. "
         "A relative npz path is looked up below `folder`.",
     )
-    folder: str = Field("", description="Folder of npz files or torchvision downloads; also $FEDKD_DATA.")
-    train_samples: int = Field(0, ge=0, description="Use only the first so many training samples; 0 = all.")
-    test_samples: int = Field(0, ge=0, description="Use only the first so many test samples; 0 = all.")
+    folder: str = Field(
+        default="", description="Folder of npz files or torchvision downloads; also $FEDKD_DATA."
+    )
+    train_samples: int = Field(
+        default=0, ge=0, description="Use only the first so many training samples; 0 = all."
+    )
+    test_samples: int = Field(
+        default=0, ge=0, description="Use only the first so many test samples; 0 = all."
+    )
     augment: Literal["none", "flip", "crop-flip"] = Field(
-        "none", description="Random changes to private training images, drawn per batch."
+        default="none", description="Random changes to private training images, drawn per batch."
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
@@ -58,14 +64,22 @@ class Data(Section):
 class Partition(Section):
     """How training data are divided among clients."""
 
-    name: str = Field("dirichlet", description="A partitioner; see `fedkd list partitioners`.")
-    clients: int = Field(20, ge=1, description="Number of clients in the federation.")
+    name: str = Field(default="dirichlet", description="A partitioner; see `fedkd list partitioners`.")
+    clients: int = Field(default=20, ge=1, description="Number of clients in the federation.")
     alpha: float | None = Field(
-        None, gt=0, description="Concentration of the Dirichlet partitioners; small = skewed; default 0.5."
+        default=None,
+        gt=0,
+        description="Concentration of the Dirichlet partitioners; small = skewed; default 0.5.",
     )
-    min_samples: int = Field(0, ge=0, description="Fewest samples a client may have; 0 allows empty clients.")
-    validation: float = Field(0.0, ge=0, lt=1, description="Share of each client's data kept for validation.")
-    test: float = Field(0.0, ge=0, lt=1, description="Share of each client's data kept for its own test.")
+    min_samples: int = Field(
+        default=0, ge=0, description="Fewest samples a client may have; 0 allows empty clients."
+    )
+    validation: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of each client's data kept for validation."
+    )
+    test: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of each client's data kept for its own test."
+    )
     options: dict[str, Any] = Field(
         default_factory=dict,
         description="Further parameters of the flwr-datasets partitioner, by its own names.",
@@ -76,17 +90,17 @@ class Proxy(Section):
     """Data that the server (and for some methods every client) may use for distillation."""
 
     source: str = Field(
-        "none",
+        default="none",
         description="none | held-out (from training data) | noise | any data source; classes are ignored.",
     )
     size: int = Field(
-        0,
+        default=0,
         ge=0,
         description="Samples in the proxy set; 0 = a tenth of the training data, or all of another set.",
     )
-    labelled: bool = Field(False, description="Whether methods may see labels (held-out only).")
+    labelled: bool = Field(default=False, description="Whether methods may see labels (held-out only).")
     server_labels: int = Field(
-        0,
+        default=0,
         ge=0,
         description="Labelled samples cut from the training data for the server (early stopping).",
     )
@@ -96,18 +110,18 @@ class Models(Section):
     """Students of the clients, and of the server where it differs."""
 
     student: str | list[str] | dict[str, float] = Field(
-        "cnn",
+        default="cnn",
         description="One model for all; a list, dealt out in turn; or shares: {cnn = 0.5, mlp = 0.5}.",
     )
     server: str = Field(
-        "", description="Model of the server where a method wants another one; empty = the student."
+        default="", description="Model of the server where a method wants another one; empty = the student."
     )
-    norm: Literal["group", "batch", "none"] = Field("group", description="Normalisation layers.")
+    norm: Literal["group", "batch", "none"] = Field(default="group", description="Normalisation layers.")
     buffers: Literal["all", "params_only"] = Field(
-        "all", description="Whether running statistics of norm layers travel and are averaged."
+        default="all", description="Whether running statistics of norm layers travel and are averaged."
     )
     pretrained: str = Field(
-        "", description="Safetensors file that students start from; empty = random weights."
+        default="", description="Safetensors file that students start from; empty = random weights."
     )
     options: dict[str, Any] = Field(
         default_factory=dict, description="Further parameters of the models, such as width."
@@ -119,9 +133,10 @@ class Strategy(Section):
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
 
-    name: str = Field("fedavg", description="Built-in, entry point, module:attribute, or flwr:CLASS.")
+    name: str = Field(default="fedavg", description="Built-in, entry point, module:attribute, or flwr:CLASS.")
     preset: str = Field(
-        "paper", description="paper (default) or code: the authors' released settings where they differ."
+        default="paper",
+        description="paper (default) or code: the authors' released settings where they differ.",
     )
 
     @property
@@ -133,31 +148,35 @@ class Strategy(Section):
 class Term(Section):
     """One distillation term that is added to the client's loss, whatever the strategy."""
 
-    loss: str = Field("kd", description="A loss of `fedkd list losses`, or module:attribute.")
-    weight: float = Field(0.1, ge=0, description="Coefficient of the term.")
-    teacher: str = Field("global", description="global | last:M | ema:DECAY | own | module:attribute.")
-    temperature: float = Field(1.0, gt=0, description="Softmax temperature of teacher and student.")
+    loss: str = Field(default="kd", description="A loss of `fedkd list losses`, or module:attribute.")
+    weight: float = Field(default=0.1, ge=0, description="Coefficient of the term.")
+    teacher: str = Field(
+        default="global", description="global | last:M | ema:DECAY | own | module:attribute."
+    )
+    temperature: float = Field(default=1.0, gt=0, description="Softmax temperature of teacher and student.")
     options: dict[str, Any] = Field(default_factory=dict, description="Further parameters of the loss.")
 
 
 class Client(Section):
     """How a client trains."""
 
-    epochs: int = Field(1, ge=1, description="Local epochs a round.")
-    steps: int = Field(0, ge=0, description="Local steps a round instead of epochs; 0 = use epochs.")
-    batch_size: int = Field(32, ge=1, description="Samples a step.")
-    optimizer: Literal["sgd", "adam"] = Field("sgd", description="Local optimiser, fresh every round.")
-    lr: float = Field(0.05, gt=0, description="Learning rate in round 1.")
-    lr_decay: float = Field(1.0, gt=0, le=1, description="Factor on the learning rate per round.")
-    schedule: Literal["constant", "cosine", "linear"] = Field(
-        "constant", description="Schedule within a round."
+    epochs: int = Field(default=1, ge=1, description="Local epochs a round.")
+    steps: int = Field(default=0, ge=0, description="Local steps a round instead of epochs; 0 = use epochs.")
+    batch_size: int = Field(default=32, ge=1, description="Samples a step.")
+    optimizer: Literal["sgd", "adam"] = Field(
+        default="sgd", description="Local optimiser, fresh every round."
     )
-    momentum: float = Field(0.0, ge=0, lt=1, description="SGD momentum.")
-    nesterov: bool = Field(False, description="Nesterov momentum.")
-    weight_decay: float = Field(0.0, ge=0, description="L2 weight decay.")
-    clip: float = Field(0.0, ge=0, description="Gradient-norm clip; 0 = off.")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="Arithmetic of forward passes.")
-    channels_last: bool = Field(True, description="Memory layout of image batches and convolutions.")
+    lr: float = Field(default=0.05, gt=0, description="Learning rate in round 1.")
+    lr_decay: float = Field(default=1.0, gt=0, le=1, description="Factor on the learning rate per round.")
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        default="constant", description="Schedule within a round."
+    )
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="SGD momentum.")
+    nesterov: bool = Field(default=False, description="Nesterov momentum.")
+    weight_decay: float = Field(default=0.0, ge=0, description="L2 weight decay.")
+    clip: float = Field(default=0.0, ge=0, description="Gradient-norm clip; 0 = off.")
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="Arithmetic of forward passes.")
+    channels_last: bool = Field(default=True, description="Memory layout of image batches and convolutions.")
     terms: list[Term] = Field(
         default_factory=list, description="Distillation terms added to the client's loss."
     )
@@ -166,44 +185,46 @@ class Client(Section):
 class System(Section):
     """What computes the federation."""
 
-    engine: Literal["ray", "inline"] = Field("ray", description="Ray workers, or this process.")
-    workers: int = Field(0, ge=0, description="Worker processes; 0 = one per core (or four per GPU).")
-    device: str = Field("auto", description="auto | cpu | cuda | cuda:N.")
-    gpu_fraction: float = Field(0.0, ge=0, le=1, description="GPU share of one worker; 0 = GPUs / workers.")
-    server_threads: int = Field(
-        0, ge=0, description="Torch threads of the server; 0 = all cores. Results depend on it."
+    engine: Literal["ray", "inline"] = Field(default="ray", description="Ray workers, or this process.")
+    workers: int = Field(default=0, ge=0, description="Worker processes; 0 = one per core (or four per GPU).")
+    device: str = Field(default="auto", description="auto | cpu | cuda | cuda:N.")
+    gpu_fraction: float = Field(
+        default=0.0, ge=0, le=1, description="GPU share of one worker; 0 = GPUs / workers."
     )
-    min_replies: int = Field(1, ge=1, description="Fewest valid uploads with which a round goes on.")
-    address: str = Field("", description="Ray cluster to join; empty = start one here.")
+    server_threads: int = Field(
+        default=0, ge=0, description="Torch threads of the server; 0 = all cores. Results depend on it."
+    )
+    min_replies: int = Field(default=1, ge=1, description="Fewest valid uploads with which a round goes on.")
+    address: str = Field(default="", description="Ray cluster to join; empty = start one here.")
 
 
 class Run(Section):
     """How long, how often, from which seed."""
 
-    rounds: int = Field(10, ge=1, description="Communication rounds.")
-    seed: int = Field(0, ge=0, description="Seed of every random choice.")
+    rounds: int = Field(default=10, ge=1, description="Communication rounds.")
+    seed: int = Field(default=0, ge=0, description="Seed of every random choice.")
     participation: float = Field(
-        1.0, gt=0, le=1, description="Share of the clients that take part in a round."
+        default=1.0, gt=0, le=1, description="Share of the clients that take part in a round."
     )
     evaluate_every: int = Field(
-        1, ge=1, description="Rounds between evaluations; the last round is always evaluated."
+        default=1, ge=1, description="Rounds between evaluations; the last round is always evaluated."
     )
     evaluate_clients: Literal["none", "selected", "all"] = Field(
-        "none",
+        default="none",
         description="Which clients report accuracy on their own test data; needs partition.test > 0.",
     )
     evaluate_ensemble: bool = Field(
-        True, description="Whether the ensemble of uploads is evaluated beside the student."
+        default=True, description="Whether the ensemble of uploads is evaluated beside the student."
     )
-    checkpoint_every: int = Field(1, ge=1, description="Rounds between checkpoints.")
+    checkpoint_every: int = Field(default=1, ge=1, description="Rounds between checkpoints.")
 
 
 class Scenario(Section):
     """One experiment."""
 
-    name: str = Field("scenario", description="Name of the scenario; the folder of its runs.")
-    label: str = Field("", description="Name of this cell in tables; empty = the strategy's name.")
-    description: str = Field("", description="One line about what it shows.")
+    name: str = Field(default="scenario", description="Name of the scenario; the folder of its runs.")
+    label: str = Field(default="", description="Name of this cell in tables; empty = the strategy's name.")
+    description: str = Field(default="", description="One line about what it shows.")
     data: Data = Field(default_factory=Data)
     partition: Partition = Field(default_factory=Partition)
     proxy: Proxy = Field(default_factory=Proxy)
@@ -521,7 +542,7 @@ def did_you_mean(word: str, known: Iterable[str], what: str = "known") -> str:
     known : iterable of str
         The names there are.
     what : str
-        What they are, in the plural.
+        What they are, in the plural; empty to list none of them.
 
     Examples
     --------
@@ -529,11 +550,11 @@ def did_you_mean(word: str, known: Iterable[str], what: str = "known") -> str:
     "did you mean 'alpha'? known: alpha, clients"
     """
     names = list(known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6) or [
-        n for n in names if n.lower() == word.lower()
-    ]
-    listing = f"{what}: {', '.join(names) or 'none'}"
-    return f"did you mean {near[0]!r}? {listing}" if near else listing
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    near = near or [name for name in names if name.lower() == word.lower()]
+    guess = f"did you mean {near[0]!r}?" if near else ""
+    listing = f"{what}: {', '.join(names) or 'none'}" if what else ""
+    return f"{guess} {listing}".strip()
 
 
 def allowed(annotation: Any, bounds: Mapping[str, Any] | None = None) -> str:
@@ -650,13 +671,14 @@ def _section_of(annotation: Any) -> type[Section] | None:
 
 def _translate(detail: Mapping[str, Any], raw: Any) -> ScenarioError:
     """Turn one of pydantic's findings into our own words."""
-    key, node, info, section = "", raw, None, Scenario
+    key, node, info = "", raw, None
+    section: type[Section] | None = Scenario
     for part in detail["loc"]:
         if isinstance(part, int) and isinstance(node, list) and part < len(node):
             key, node = f"{key}[{part}]", node[part]
         elif section is not None and isinstance(node, Mapping) and part in node:
             key, node = f"{key}.{part}" if key else str(part), node[part]
-            info = section.model_fields.get(part)
+            info = section.model_fields.get(str(part))
             if info is None:
                 return _unknown(key, str(part), section)
             section = _section_of(info.annotation)

@@ -131,7 +131,7 @@ class Screen(Listener):
             self.console.print(text, markup=False, highlight=False)
 
     def conclude(self, finished: Sequence[tuple[Cell | None, Result]], folder: Path) -> None:
-        """Print the final table, and write tables, learning curves and ``summary.json`` of all runs.
+        """Print the final table, and write tables and learning curves of all runs.
 
         Parameters
         ----------
@@ -150,15 +150,14 @@ class Screen(Listener):
             curves.setdefault(title, []).append(curve)
         self.console.print()
         self.console.print(console_table(rows))
-        files = write_tables(rows, folder, "results")
+        tables = write_tables(rows, folder, "results")
+        places = {"tables": ", ".join([str(tables[0]), *(path.name for path in tables[1:])])}
         if any(curve for several in curves.values() for curve in several):
-            files += learning_curves(curves, folder / "curves")
-        for title, paths in (
-            ("results", [result.folder for _, result in finished]),
-            ("tables and curves", files),
-        ):
-            for path in paths:
-                self.console.print(f"{title}: {path}", markup=False, highlight=False, soft_wrap=True)
+            pictures = learning_curves(curves, folder / "curves")
+            places["curves"] = ", ".join([str(pictures[0]), *(path.name for path in pictures[1:])])
+        places["results"] = str(finished[0][1].folder if len(finished) == 1 else folder)
+        for name, place in places.items():
+            self.console.print(f"{name:8} {place}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _key(scenario: Scenario) -> str:

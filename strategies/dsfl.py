@@ -1,10 +1,11 @@
 """DS-FL: Itahara, Nishio, Koda, Morikura, Yamamoto, Distillation-Based Semi-Supervised Federated Learning for
-Communication-Efficient Collaborative Training with Non-IID Private Data, IEEE TMC 2023 (2008.06180), Algorithm 1."""
+Communication-Efficient Collaborative Training with Non-IID Private Data, IEEE TMC 2023 (2008.06180), Algorithm 1.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -101,7 +102,9 @@ class DSFL(DistillationStrategy):
         default="era", metadata={"help": "entropy reduction, or the plain mean (SA)"}
     )
     temperature: float = field(default=0.1, metadata={"gt": 0, "help": "T of the entropy reduction"})
-    distill_epochs: int = field(default=5, metadata={"ge": 1, "help": "passes over the open subset, clients and server"})
+    distill_epochs: int = field(
+        default=5, metadata={"ge": 1, "help": "passes over the open subset, clients and server"}
+    )
     distill_batch_size: int = field(default=100, metadata={"ge": 1, "help": "open samples a step"})
     server_lr: float = field(default=0.1, metadata={"gt": 0, "help": "SGD learning rate of the server model"})
 
@@ -143,6 +146,7 @@ class DSFL(DistillationStrategy):
             steps=0,
             epochs=self.distill_epochs,
             batch_size=self.distill_batch_size,
+            clip=0.0,
             temperature=1.0,
             t_squared=False,
             reduction="batchmean",
@@ -152,13 +156,14 @@ class DSFL(DistillationStrategy):
         )
         for arch, state in self.students.items():
             model = self.server.model(arch, state)
-            distiller.fit(
+            report = distiller.fit(
                 model,
                 self.server.proxy.data,
                 Targets(self.labels.values, "probs", self.labels.ids),
                 generator=self.rng(Purpose.DISTILLATION),
             )
-            self.students[arch] = self.server.state_of(model)
+            self.students = {**self.students, arch: self.server.state_of(model)}
+            self.distilled[arch] = asdict(report)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base's state and the global labels."""

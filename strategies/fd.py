@@ -1,5 +1,6 @@
 """FD: Jeong, Oh, Kim, Park, Bennis, Kim, Communication-Efficient On-Device Machine Learning: Federated Distillation
-and Augmentation under Non-IID Private Data, 2018 (1811.11479), Algorithm 1."""
+and Augmentation under Non-IID Private Data, 2018 (1811.11479), Algorithm 1.
+"""
 
 from __future__ import annotations
 
@@ -80,9 +81,7 @@ class ClassMeans(LocalTraining):
         counts = student.tally.get("counts", torch.zeros(classes)).cpu()
         sums = student.tally.get("sums", torch.zeros(classes, classes)).cpu()
         means = sums / counts.clamp(min=1).unsqueeze(1)
-        return Knowledge.of(
-            ClassOutputs(means, counts, self.method.space), num_examples=student.num_examples
-        )
+        return Knowledge.of(ClassOutputs(means, counts, self.method.space), num_examples=student.num_examples)
 
 
 @dataclass(kw_only=True)
@@ -104,10 +103,16 @@ class FD(DistillationStrategy):
     heterogeneous: ClassVar[bool] = True
     travels_up: ClassVar[str] = "class-outputs: 4·C² + 4·C (counts)"
     travels_down: ClassVar[str] = "class-outputs: 4·C² + 4·C (counts), from round 2 on"
-    pitfalls: ClassVar[str] = "much weaker than FedAvg on its own; ports count from 1 or use raw logits as targets"
+    pitfalls: ClassVar[str] = (
+        "much weaker than FedAvg on its own; ports count from 1 or use raw logits as targets"
+    )
     shares_weights: ClassVar[bool] = False
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "code": {"space": "logits", "distance": "kl", "leave_one_out": False}  # the FedGen repository's version
+        "code": {
+            "space": "logits",
+            "distance": "kl",
+            "leave_one_out": False,
+        }  # the FedGen repository's version
     }
     local = ClassMeans
 
@@ -116,7 +121,9 @@ class FD(DistillationStrategy):
         default="soft_ce", metadata={"help": "distance of outputs; the paper's is cross-entropy"}
     )
     space: Literal["probs", "logits"] = field(default="probs", metadata={"help": "what is averaged by class"})
-    leave_one_out: bool = field(default=True, metadata={"help": "whether a client's own table is left out of its mean"})
+    leave_one_out: bool = field(
+        default=True, metadata={"help": "whether a client's own table is left out of its mean"}
+    )
 
     def bind(self, server: Any) -> None:
         """Start without tables, and without a global model."""

@@ -1,5 +1,6 @@
 """FedAvg: McMahan, Moore, Ramage, Hampson, Agüera y Arcas, Communication-Efficient Learning of Deep Networks
-from Decentralized Data, AISTATS 2017 (1602.05629), Algorithm 1."""
+from Decentralized Data, AISTATS 2017 (1602.05629), Algorithm 1.
+"""
 
 from __future__ import annotations
 

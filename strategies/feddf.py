@@ -1,10 +1,11 @@
 """FedDF: Lin, Kong, Stich, Jaggi, Ensemble Distillation for Robust Model Fusion in Federated Learning,
-NeurIPS 2020 (2006.07242), Algorithms 1 and 3."""
+NeurIPS 2020 (2006.07242), Algorithms 1 and 3.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -45,16 +46,22 @@ class FedDF(FedAvg):
     batch_size: int = field(default=128, metadata={"ge": 1, "help": "proxy samples a step"})
     lr: float = field(default=1e-3, metadata={"gt": 0, "help": "Adam's learning rate, annealed by a cosine"})
     temperature: float = field(default=1.0, metadata={"gt": 0, "help": "softmax temperature"})
-    space: Literal["logits", "probs"] = field(default="logits", metadata={"help": "what the ensemble averages"})
+    space: Literal["logits", "probs"] = field(
+        default="logits", metadata={"help": "what the ensemble averages"}
+    )
     student_from: Literal["average", "previous"] = field(
-        default="average", metadata={"help": "where the student starts: this round's average, or last round's student"}
+        default="average",
+        metadata={"help": "where the student starts: this round's average, or last round's student"},
     )
     patience: int = field(
-        default=1_000, metadata={"ge": 1, "help": "steps without improvement on the server labels before stopping"}
+        default=1_000,
+        metadata={"ge": 1, "help": "steps without improvement on the server labels before stopping"},
     )
     drop_worst: bool = field(
         default=False,
-        metadata={"help": "leave out members below 1.2 × chance on the server labels, in average and ensemble"},
+        metadata={
+            "help": "leave out members below 1.2 × chance on the server labels, in average and ensemble"
+        },
     )
 
     def needs(self) -> frozenset[str]:
@@ -64,7 +71,11 @@ class FedDF(FedAvg):
     def fuse(self, uploads: Iterable[Upload]) -> None:
         """Average within each architecture, and start the students from there."""
         previous = self.students
-        super().fuse(self.above_chance(uploads) if self.drop_worst else uploads)
+        if self.drop_worst:
+            uploads = list(self.above_chance(uploads))
+            if not uploads:  # nobody is better than chance: the round teaches nothing
+                return
+        super().fuse(uploads)
         if self.student_from == "previous":
             self.students = previous
 
@@ -93,7 +104,7 @@ class FedDF(FedAvg):
         )
         for arch, state in self.students.items():
             student = server.model(arch, state)
-            distiller.fit(
+            report = distiller.fit(
                 student,
                 server.proxy.data,
                 targets,
@@ -101,6 +112,7 @@ class FedDF(FedAvg):
                 validate=server.label_accuracy if server.has_labels else None,
             )
             self.students = {**self.students, arch: server.state_of(student)}
+            self.distilled[arch] = asdict(report)
 
     def ensemble(self) -> Ensemble:
         """Return the mean of all members' logits (or probabilities)."""

@@ -1,5 +1,6 @@
 """FedGKD: Yao, Pan, Dai, Wan, Ding, Yu, Jin, Xu, Sun, FedGKD: Toward Heterogeneous Federated Learning via Global
-Knowledge Distillation, IEEE Transactions on Computers 2024 (2107.00051)."""
+Knowledge Distillation, IEEE Transactions on Computers 2024 (2107.00051).
+"""
 
 from __future__ import annotations
 
@@ -79,7 +80,9 @@ class FedGKD(FedAvg):
         default="uniform", metadata={"help": "weights of the average: 1 / K (paper and code), or n_k / n"}
     )
     buffer: int = field(default=5, metadata={"ge": 1, "help": "M, global models behind the teacher"})
-    coefficient: float = field(default=0.1, metadata={"ge": 0, "help": "weight of the distillation term (γ/2)"})
+    coefficient: float = field(
+        default=0.1, metadata={"ge": 0, "help": "weight of the distillation term (γ/2)"}
+    )
     temperature: float = field(default=1.0, metadata={"gt": 0, "help": "softmax temperature"})
     kind: Literal["kl", "mse"] = field(default="kl", metadata={"help": "kl, or mse on logits"})
 

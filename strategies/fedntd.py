@@ -1,5 +1,6 @@
 """FedNTD: Lee, Jeong, Shin, Bae, Yun, Preservation of the Global Knowledge by Not-True Distillation in Federated
-Learning, NeurIPS 2022 (2106.03097), Algorithm 1."""
+Learning, NeurIPS 2022 (2106.03097), Algorithm 1.
+"""
 
 from __future__ import annotations
 
@@ -60,4 +61,6 @@ class FedNTD(FedAvg):
     local = NotTrueDistillation
 
     beta: float = field(default=1.0, metadata={"ge": 0, "help": "β, weight of the distillation term"})
-    tau: float = field(default=1.0, metadata={"gt": 0, "help": "τ, softmax temperature (the code's class default is 3)"})
+    tau: float = field(
+        default=1.0, metadata={"gt": 0, "help": "τ, softmax temperature (the code's class default is 3)"}
+    )

@@ -1,5 +1,6 @@
 """FedProx: Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith, Federated Optimization in Heterogeneous Networks,
-MLSys 2020 (1812.06127), Algorithm 2."""
+MLSys 2020 (1812.06127), Algorithm 2.
+"""
 
 from __future__ import annotations
 
@@ -56,5 +57,6 @@ class FedProx(FedAvg):
     local = Proximal
 
     mu: float = field(
-        default=0.01, metadata={"ge": 0, "help": "coefficient of the proximal term; the paper tries 0.001 to 1"}
+        default=0.01,
+        metadata={"ge": 0, "help": "coefficient of the proximal term; the paper tries 0.001 to 1"},
     )

@@ -21,3 +21,57 @@ def ray_session():
         )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def small():
+    """Return a function that makes small scenarios: six clients with a tiny MLP on synthetic data.
+
+    Its keyword arguments are changes, with ``__`` for the dot of a dotted key.
+    """
+    from fedkd.scenario import merge, parse
+
+    base = {
+        "name": "small",
+        "data": {
+            "source": "synthetic",
+            "options": {"classes": 4, "dimensions": 12, "train": 400, "test": 100, "separation": 3.0},
+        },
+        "partition": {"name": "dirichlet", "alpha": 0.3, "clients": 6},
+        "proxy": {"source": "held-out", "size": 60},
+        "models": {"student": "mlp", "options": {"hidden": [16]}},
+        "client": {"lr": 0.1, "batch_size": 16},
+        "system": {"engine": "inline", "server_threads": 1},
+        "run": {"rounds": 3, "participation": 0.7},
+    }
+
+    def make(strategy="fedavg", **changes):
+        raw = {}
+        merge(raw, base)
+        merge(raw, {"strategy": {"name": strategy} if isinstance(strategy, str) else strategy})
+        merge(raw, {key.replace("__", "."): value for key, value in changes.items()})
+        return parse(raw)
+
+    return make
+
+
+@pytest.fixture
+def federate():
+    """Return a function that runs a scenario in this process and returns strategy and events."""
+    from fedkd import plugins
+    from fedkd.client.handlers import make_app
+    from fedkd.data.federation import build_federation
+    from fedkd.engine import InlineGrid, Nodes
+    from fedkd.server.runtime import ServerRuntime
+
+    def run(scenario, mods=(), rounds=0):
+        federation = build_federation(scenario)
+        events = []
+        nodes = Nodes.alike(federation.num_clients)
+        with InlineGrid(lambda: make_app(scenario, mods), nodes) as grid:
+            strategy = plugins.make_strategy(scenario)
+            strategy.bind(ServerRuntime(scenario, grid, events.append))
+            strategy.start(grid, num_rounds=rounds)
+        return strategy, events
+
+    return run

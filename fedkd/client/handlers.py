@@ -64,9 +64,7 @@ def make_app(scenario: Scenario | None = None, mods: Sequence[Mod] = ()) -> Clie
     return app
 
 
-def _handle(
-    work: Work, runtime: Runtime, message: Message, context: Context, keeps: bool
-) -> Message:
+def _handle(work: Work, runtime: Runtime, message: Message, context: Context, keeps: bool) -> Message:
     config = message.content.config_records.get(CONFIG, ConfigRecord())
     partition_id = int(context.node_config[PARTITION])  # type: ignore[arg-type]
     try:
@@ -104,7 +102,9 @@ def _evaluate(runtime: Runtime, student: Student, knowledge: Knowledge, config: 
     if "weights" in knowledge:
         student.load(knowledge["weights"])
     local = config.get("on", "local") == "local"
-    data, ids = (student.data, student.shard.test) if local else (student.test, torch.arange(len(student.test)))
+    data, ids = (
+        (student.data, student.shard.test) if local else (student.test, torch.arange(len(student.test)))
+    )
     labels = torch.tensor(np.asarray(data.labels)[np.asarray(ids)], dtype=torch.int64)
     logits = student.predict(data, ids)
     if not len(labels):

@@ -142,7 +142,11 @@ def _mean_of_last(count: int, student: Student) -> State:
     assert student.received is not None
     prefix = f"last:{count}/"
     slots = [
-        {k.removeprefix(f"{prefix}{i}/"): v for k, v in student.memory.items() if k.startswith(f"{prefix}{i}/")}
+        {
+            k.removeprefix(f"{prefix}{i}/"): v
+            for k, v in student.memory.items()
+            if k.startswith(f"{prefix}{i}/")
+        }
         for i in range(count)
     ]
     slots = [student.received, *[slot for slot in slots if slot]][:count]

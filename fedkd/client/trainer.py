@@ -162,9 +162,7 @@ def digest(
 
     def losses_of(batch_rows: np.ndarray) -> dict[str, Tensor]:
         at = torch.from_numpy(batch_rows)
-        batch = proxy.gather(
-            ids[at].numpy(), device=student.device, channels_last=student.channels_last
-        )
+        batch = proxy.gather(ids[at].numpy(), device=student.device, channels_last=student.channels_last)
         with _precision(client.precision, student.device):
             return {name: loss(model(batch.x).logits, targets[at.to(targets.device)])}
 

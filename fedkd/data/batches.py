@@ -51,8 +51,8 @@ class ArrayData:
     --------
     >>> data = ArrayData(np.array([[[0, 255]], [[51, 102]]], dtype=np.uint8), None, kind="image")
     >>> batch = data.gather(np.array([1]))
-    >>> batch.x.flatten().tolist(), batch.y.tolist(), batch.ids.tolist()
-    ([0.20000000298023224, 0.4000000059604645], [-1], [1])
+    >>> batch.x.shape, round(batch.x.max().item(), 3), batch.y.tolist(), batch.ids.tolist()
+    (torch.Size([1, 1, 1, 2]), 0.4, [-1], [1])
     """
 
     def __init__(
@@ -175,10 +175,15 @@ class ArrayData:
             mean = torch.tensor(self.mean or (0.0,), dtype=torch.float64)
             self._affine[key] = (1 / (255 * std)).float().to(x.device), (-mean / std).float().to(x.device)
         scale, shift = self._affine[key]
-        x = x.permute(0, 3, 1, 2)
-        # The conversion writes the wanted layout, so there is no copy besides it.
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        x = x.to(torch.float32, memory_format=layout)
+        if channels_last:
+            # Rows of W * C values: as [.., C] alone, the innermost loop would be only C long, and slow.
+            count, height, width, channels = x.shape
+            rows = x.to(torch.float32, memory_format=torch.contiguous_format).view(count, height, -1)
+            if len(scale) < channels:
+                scale, shift = scale.expand(channels), shift.expand(channels)
+            rows.mul_(scale.repeat(width)).add_(shift.repeat(width))
+            return rows.view(count, height, width, channels).permute(0, 3, 1, 2)
+        x = x.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         return x.mul_(scale[:, None, None]).add_(shift[:, None, None])
 
 
@@ -216,31 +221,34 @@ def augment_images(
     if generator is None:
         raise ValueError("augmentation needs a generator")
     count, height, width = x.shape[:3]
-    device = x.device
 
     def draw(low: int, high: int) -> Tensor:
-        return torch.randint(low, high + 1, (count, 1), generator=generator, device=generator.device).to(
-            device
+        return torch.randint(low, high + 1, (count,), generator=generator, device=generator.device).to(
+            x.device
         )
 
     flipped = draw(0, 1).bool()
-    rows = torch.arange(height, device=device).expand(count, height)
-    columns = torch.arange(width, device=device)
-    columns = torch.where(flipped, columns.flip(0), columns)
-    if how == "flip":
-        return x[torch.arange(count, device=device)[:, None, None], rows[:, :, None], columns[:, None, :]]
-    up, left = (min(PAD, -(-side // 8)) for side in (height, width))
-    rows, columns = rows + draw(-up, up), columns + draw(-left, left)
+    if how == "crop-flip":
+        up, left = (min(PAD, -(-side // 8)) for side in (height, width))
+        # All windows of the padded images as one view; indexing copies only the chosen ones.
+        windows = _padded(x, up, left, reflect).unfold(1, height, 1).unfold(2, width, 1)
+        chosen = windows[torch.arange(count, device=x.device), draw(0, 2 * up), draw(0, 2 * left)]
+        x = chosen.permute(0, 2, 3, 1)
+    return torch.where(flipped[:, None, None, None], x.flip(2), x)
+
+
+def _padded(x: Tensor, up: int, left: int, reflect: bool) -> Tensor:
+    """Return images [B, H, W, C] with `up` and `left` pixels more on either side."""
+    height, width = x.shape[1:3]
     if reflect:
-        rows, columns = _mirror(rows, height), _mirror(columns, width)
-        inside = None
-    else:
-        within_rows = (rows >= 0) & (rows < height)
-        within_columns = (columns >= 0) & (columns < width)
-        inside = (within_rows[:, :, None] & within_columns[:, None, :]).unsqueeze(-1)
-        rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
-    moved = x[torch.arange(count, device=device)[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return moved if inside is None else moved * inside.to(x.dtype)
+        rows, columns = (
+            _mirror(torch.arange(-pad, side + pad, device=x.device), side)
+            for pad, side in ((up, height), (left, width))
+        )
+        return x[:, rows][:, :, columns]
+    padded = x.new_zeros(len(x), height + 2 * up, width + 2 * left, x.shape[3])
+    padded[:, up : up + height, left : left + width] = x
+    return padded
 
 
 def _mirror(index: Tensor, side: int) -> Tensor:

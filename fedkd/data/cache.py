@@ -17,7 +17,7 @@ import numpy as np
 from fedkd.errors import DataError
 
 #: Part of every key: raise it when decoding or partitioning changes, so that old entries are left alone.
-VERSION = 1
+VERSION = 2
 
 
 def cache_folder() -> Path:

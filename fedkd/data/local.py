@@ -41,9 +41,10 @@ def npz(name: str, folder: str) -> Plan:
 
     def decode() -> Raw:
         try:
-            with np.load(path, allow_pickle=False) as content:
-                if not hasattr(content, "files"):
-                    raise DataError(f"{path} is a single array; a .npz archive is needed")
+            content: Any = np.load(path, allow_pickle=False)
+            if isinstance(content, np.ndarray):
+                raise DataError(f"{path} is a single array; a .npz archive is needed")
+            with content:
                 return _decode_npz(content, path)
         except (ValueError, OSError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
             raise DataError(f"{path} cannot be read as a .npz file: {error}") from error

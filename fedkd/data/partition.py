@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import heapq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,11 @@ from fedkd.seeds import Purpose, rng
 
 __all__ = ["Partition", "Skew", "Split", "check", "label_counts", "local_split", "names", "partition", "skew"]
 
-#: How often a seeded partitioner is asked, each time with another seed, before its result is repaired.
-ATTEMPTS = 3
+#: How often a seeded partitioner is asked, each time with another seed, before its result is repaired;
+#: after so many errors it is not asked again.
+ATTEMPTS, FAILURES = 10, 3
+#: Streams of the draws besides the attempts, which count from 1.
+_SPARE, _CHOICE, _REPAIR = 101, 102, 103
 
 
 @dataclass(frozen=True)
@@ -158,9 +161,10 @@ def partition(
     Notes
     -----
     Samples are shuffled first, since several partitioners cut them in the order given. A partitioner that
-    fails is asked again with another seed, at most `ATTEMPTS` times. After that, or if it can only fail, the
-    same kind of partition is drawn without the library where possible. Clients with fewer than `min_samples`
-    are then filled with random samples of the largest clients. Each of this is noted.
+    fails, or a Dirichlet draw that leaves a client with fewer than `min_samples`, is tried again with another
+    seed, at most `ATTEMPTS` times. If only errors came, the same kind of partition is drawn without the
+    library where possible. Clients with too few samples are then filled with random samples of the largest
+    clients. Each of this is noted.
     """
     check(spec)
     labels = np.asarray(labels)
@@ -215,36 +219,56 @@ def partition(
 
 
 def _draw(rule: Rule, task: Task, name: str, seed: int, notes: list[str]) -> Shards:
-    """Return shards from the library, or drawn like it where it gives none."""
+    """Return shards from the library, or drawn like it where it gives none.
+
+    A draw that leaves a client short of `min_samples` is tried again where luck decides the sizes; the last
+    resort is the draw that lacks the fewest samples, to be repaired.
+    """
     failure: Exception | None = None
-    for attempt in range(1, 1 + (ATTEMPTS if rule.seeded else 1)):
+    best, least = None, 0
+    attempts = _attempts(task) if rule.seeded else 1
+    for attempt in range(1, attempts + 1):
         try:
-            return _asked(rule, task, seed, attempt)
+            shards = _asked(rule, task, seed, attempt)
         except ScenarioError:
             raise
         except Exception as error:  # the library raises errors of many types
             failure = error
             notes.append(f"{rule.library}, attempt {attempt}: {_brief(error)}")
+            if len(notes) >= FAILURES:
+                break
+            continue
+        lacking = sum(max(0, task.min_samples - len(shard)) for shard in shards)
+        if not lacking or not rule.lucky:
+            if best is not None:
+                notes.append(
+                    f"{name}: draw {attempt} is the first in which all have {task.min_samples} samples"
+                )
+            return shards
+        if best is None or lacking < least:
+            best, least = shards, lacking
+    if best is not None:
+        notes.append(f"{name}: in none of {attempts} draws did all clients have {task.min_samples} samples")
+        return best
     if rule.spare is None:
         raise ScenarioError(
             f"{name} cannot divide these data: {_brief(failure)}",
             key="partition.options" if task.options else "partition.name",
             hint=f"{name}: {names()[name]}",
         ) from failure
-    if "min_partition_size" in rule.passes and task.min_samples:
-        try:  # the library's own draw, without the demand that it could not meet
-            shards = _asked(rule, replace(task, min_samples=0), seed, ATTEMPTS + 1)
-            notes.append(f"{name} was drawn without regard to partition.min_samples, then repaired")
-            return shards
-        except Exception as error:
-            notes.append(f"{rule.library}, attempt {ATTEMPTS + 1}: {_brief(error)}")
     notes.append(f"{name} was drawn without {rule.library}")
     try:
-        return rule.spare(task, rng(seed, Purpose.PARTITION, round=ATTEMPTS + 2))
+        return rule.spare(task, rng(seed, Purpose.PARTITION, round=_SPARE))
     except ValueError as error:  # such as a list of alphas of the wrong length
         raise ScenarioError(
             f"{name} cannot divide these data: {_brief(error)}", key="partition.options"
         ) from error
+
+
+def _attempts(task: Task) -> int:
+    """Return how many draws are worth trying: fewer of large federations, where each takes long."""
+    work = task.clients * (int(task.labels.max()) + 1)
+    return int(np.clip(200_000 // work, 1, ATTEMPTS))
 
 
 def _brief(error: Exception | None) -> str:
@@ -273,9 +297,7 @@ def _choose(shards: Shards, spec: scenario.Partition, seed: int, notes: list[str
         )
     if len(shards) == spec.clients:
         return shards
-    chosen = np.sort(
-        rng(seed, Purpose.PARTITION, round=ATTEMPTS + 3).permutation(len(shards))[: spec.clients]
-    )
+    chosen = np.sort(rng(seed, Purpose.PARTITION, round=_CHOICE).permutation(len(shards))[: spec.clients])
     notes.append(f"{spec.clients} of {len(shards)} natural clients were chosen at random")
     return [shards[k] for k in chosen]
 
@@ -291,7 +313,7 @@ def _fill(shards: Shards, spec: scenario.Partition, seed: int, notes: list[str])
             f"with {spec.min_samples} each",
             key="partition.min_samples",
         )
-    stream = rng(seed, Purpose.PARTITION, round=ATTEMPTS + 4)
+    stream = rng(seed, Purpose.PARTITION, round=_REPAIR)
     stacks: dict[int, list[int]] = {}
     largest = [(-len(shard), k) for k, shard in enumerate(shards)]
     heapq.heapify(largest)
@@ -309,6 +331,6 @@ def _fill(shards: Shards, spec: scenario.Partition, seed: int, notes: list[str])
     for donor, left in stacks.items():
         shards[donor] = np.array(left, dtype=np.int64)
     notes.append(
-        f"{moved} samples were moved from the {len(stacks)} largest clients to {len(short)} clients "
-        f"with fewer than {spec.min_samples}"
+        f"{moved} samples were moved from the largest clients ({len(stacks)}) to those "
+        f"with fewer than {spec.min_samples} ({len(short)})"
     )

@@ -71,6 +71,11 @@ class Rule:
         return "alpha" in self.passes
 
     @property
+    def lucky(self) -> bool:
+        """Whether chance decides how many samples a client has, so that another draw may do better."""
+        return "min_partition_size" in self.passes
+
+    @property
     def natural(self) -> bool:
         """Whether the data, not the scenario, say how many shards there are."""
         return "num_partitions" not in self.passes and "partition_sizes" not in (*self.passes, *self.required)
@@ -241,7 +246,7 @@ def ask_library(rule: Rule, task: Task, seed: int) -> Shards:
         "partition_by": "owner" if rule.natural else "label",
         "seed": seed,
         "alpha": task.alpha,
-        "min_partition_size": task.min_samples,
+        "min_partition_size": 0,  # the library would try again by itself, 11 times, and then give up
         "partition_sizes": even_sizes(len(task.labels), task.clients),
     }
     arguments = {key: passed[key] for key in rule.passes} | _options(rule, task, seed)

@@ -78,7 +78,7 @@ class Dataset:
 #: Prefix of a source -> (makes the plan, one line of description).
 _SOURCES: dict[str, tuple[Callable[..., Plan], str, str]] = {
     "digits": (local.digits, "digits", "scikit-learn's 8x8 digits, 10 classes; needs no download"),
-    "npz": (local.npz, "npz:PATH", "arrays x_train, y_train, x_test, y_test (and classes, vocab, natural_ids)"),
+    "npz": (local.npz, "npz:PATH", "x_train, y_train, x_test, y_test (and classes, vocab, natural_ids)"),
     "torchvision": (vision.torchvision, "torchvision:NAME", ", ".join(vision.NAMES)),
     "hub": (hub.hub, "hub:NAME", "images or texts from the Hugging Face hub, or a folder of such files"),
     "synthetic": (local.synthetic, "synthetic", "a Gaussian mixture of vectors or images, of any size"),

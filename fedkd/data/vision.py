@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -62,10 +63,9 @@ def torchvision(
     if name == "ImageFolder":
         return _image_folder(folder, size, grey)
     if name not in _FILES:
-        import difflib
-
-        close = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
-        hint = (f"did you mean {close[0]!r}? " if close else "") + f"known: {', '.join(NAMES)}"
+        lower = {known.lower(): known for known in NAMES}
+        close = difflib.get_close_matches(name.lower(), lower, n=1)
+        hint = (f"did you mean {lower[close[0]]!r}? " if close else "") + f"known: {', '.join(NAMES)}"
         raise ScenarioError(f"unknown torchvision data set {name!r}", key="data.source", hint=hint)
     splits = ("byclass", "bymerge", "balanced", "letters", "digits", "mnist")
     if split not in splits:

@@ -40,6 +40,9 @@ IN_FLIGHT = 2
 RETRIES = 3
 """How often a cohort is run again when the worker that ran it died."""
 
+PATIENCE = 60.0
+"""Seconds without all workers after which the user is told that the grid waits for Ray."""
+
 DEATHS = (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError)
 
 Job = tuple[Any, ...]
@@ -96,7 +99,7 @@ class Pool:
     def __init__(self, parts: tuple[Any, ...], *, workers: int, gpus_per_worker: float, address: str) -> None:
         self._started_ray = not ray.is_initialized()
         if self._started_ray:
-            _start_ray(address, workers)
+            start_ray(address, workers)
         try:
             _check_room(workers, gpus_per_worker)
             self._make = ray.remote(Worker).options(
@@ -184,8 +187,13 @@ class Pool:
     def _wait_until_loaded(self) -> None:
         if self._closed:
             raise RunError("the grid is closed")
+        if not self._loading:
+            return
         # Waiting here and not in the constructor: workers import and load while the server prepares itself.
         try:
+            if ray.wait(self._loading, num_returns=len(self._loading), timeout=PATIENCE)[1]:
+                free = ray.available_resources().get("CPU", 0.0)
+                log.warning("Ray has not started all workers yet: %g CPUs are free; still waiting", free)
             ray.get(self._loading)
         except RayError as error:
             raise RunError(f"a worker could not load the client app: {_cause(error)}") from error
@@ -339,7 +347,21 @@ class Dispatcher(threading.Thread):
             self._changed.notify_all()
 
 
-def _start_ray(address: str, workers: int) -> None:
+def start_ray(address: str, workers: int) -> None:
+    """Start Ray on this machine, or join a cluster.
+
+    Parameters
+    ----------
+    address : str
+        Cluster to join; empty starts one here.
+    workers : int
+        CPUs that a new Ray must have at least.
+
+    Raises
+    ------
+    RunError
+        Ray cannot be started or joined.
+    """
     settings: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.ERROR}
     if not address:  # "local" keeps RAY_ADDRESS from choosing a cluster that nobody asked for
         settings |= {"address": "local", "num_cpus": max(workers, os.cpu_count() or 1)}

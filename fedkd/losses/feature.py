@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedkd.losses.response import Reduction
+from fedkd.losses.response import Reduction, at_least_float32
 
 
 def hint(student: Tensor, teacher: Tensor, *, reduction: Reduction) -> Tensor:
@@ -43,7 +43,7 @@ def hint(student: Tensor, teacher: Tensor, *, reduction: Reduction) -> Tensor:
         raise ValueError(f"reduction must be 'batchmean' or 'mean_all', is {reduction!r}")
     if student.shape != teacher.shape:
         raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape")
-    total = 0.5 * (student - teacher).square().sum()
+    total = 0.5 * (at_least_float32(student) - at_least_float32(teacher)).square().sum()
     return total / max(len(student) if reduction == "batchmean" else student.numel(), 1)
 
 
@@ -90,4 +90,4 @@ def attention(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
 
 
 def _attention_map(maps: Tensor) -> Tensor:
-    return F.normalize(maps.square().sum(1).flatten(1), dim=1)
+    return F.normalize(at_least_float32(maps).square().sum(1).flatten(1), dim=1)

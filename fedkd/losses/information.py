@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedkd.losses.response import at_least_float32
+
 _EPS = 1e-7  # floor of similarities and of probabilities inside a logarithm
 
 
@@ -34,7 +36,7 @@ def probabilistic_transfer(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _neighbourhoods(x: Tensor) -> Tensor:
     """Return p, [N, N], whose column j is the distribution over the neighbours i of sample j."""
-    x = F.normalize(x.flatten(1), dim=1)
+    x = F.normalize(at_least_float32(x).flatten(1), dim=1)
     others = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
     kernel = torch.where(others, (0.5 * (x @ x.T + 1)).clamp_min(_EPS), 0.0)
     return kernel / kernel.sum(0, keepdim=True).clamp_min(_EPS)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedkd.losses.response import at_least_float32
+
 
 def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
     r"""Return the mean Huber loss of :math:`\|f_i - f_j\| / \mu` over pairs i ≠ j.
@@ -117,7 +119,7 @@ def correlation_congruence(student: Tensor, teacher: Tensor, *, gamma: float = 0
 
 def _differences(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return f_i - f_j, [N, N, D], and its length, [N, N], with a zero gradient where it is zero."""
-    x = x.flatten(1)
+    x = at_least_float32(x).flatten(1)
     difference = x[:, None] - x[None]
     squared = difference.square().sum(-1)
     apart = squared > 0
@@ -137,12 +139,12 @@ def _angles(x: Tensor) -> Tensor:
 
 
 def _gram(x: Tensor) -> Tensor:
-    x = x.flatten(1)
+    x = at_least_float32(x).flatten(1)
     return F.normalize(x @ x.T, dim=1)
 
 
 def _taylor_kernel(x: Tensor, gamma: float, order: int) -> Tensor:
-    x = F.normalize(x.flatten(1), dim=1)
+    x = F.normalize(at_least_float32(x).flatten(1), dim=1)
     cosine = x @ x.T
     kernel = torch.ones_like(cosine)
     for p in range(1, order + 1):

@@ -164,7 +164,7 @@ def kd(
         raise ValueError(
             f"student {tuple(student_logits.shape)} and target {tuple(target.shape)} differ in shape"
         )
-    student_logits, target = _at_least_float32(student_logits), _at_least_float32(target)
+    student_logits, target = at_least_float32(student_logits), at_least_float32(target)
     keep = None if class_mask is None else class_mask.expand_as(student_logits)
 
     if kind in ("mse", "mae"):
@@ -246,7 +246,7 @@ def decoupled_kd(
     """
     others = not_true_mask(labels, student_logits.shape[-1])
     log_s, log_t = (
-        _label_against_rest(_at_least_float32(z) / temperature, others)
+        _label_against_rest(at_least_float32(z) / temperature, others)
         for z in (student_logits, teacher_logits)
     )
     target = (log_t.exp() * (log_t - log_s)).sum() / max(len(student_logits), 1)
@@ -296,13 +296,14 @@ def correlation(
     -----
     Huang et al., Knowledge Distillation from a Stronger Teacher, NeurIPS 2022, equations 7 to 10.
     """
-    s = F.softmax(_at_least_float32(student_logits) / temperature, dim=-1)
-    t = F.softmax(_at_least_float32(teacher_logits) / temperature, dim=-1)
+    s = F.softmax(at_least_float32(student_logits) / temperature, dim=-1)
+    t = F.softmax(at_least_float32(teacher_logits) / temperature, dim=-1)
     loss = beta * (1 - _pearson(s, t)).mean() + gamma * (1 - _pearson(s.T, t.T)).mean()
     return loss * temperature**2 if t_squared else loss
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return half-precision tensors in float32, others as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 

@@ -46,6 +46,9 @@ class EmbeddingMean(nn.Module):
     def __init__(self, vocab_size: int, dim: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, dim, padding_idx=0)
+        with torch.no_grad():
+            # A tenth of PyTorch's spread: at full spread SGD needs far longer to drown the random part.
+            self.embedding.weight.mul_(0.1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the means, [N, dim], of tokens [N, L]; zero for a text of padding alone."""

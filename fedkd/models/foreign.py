@@ -109,11 +109,10 @@ def torchvision_model(
     size = "x".join(map(str, input_shape[1:]))
     try:
         model = builder(**(settings | options))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ScenarioError(f"{label} cannot be built: {_line(error)}", key="models.options") from error
-    _replace_batch_norm(model, norm)
-    try:
+        _replace_batch_norm(model, norm)
         return _split(model, _example("image", (3, *input_shape[1:])), repeat_grey=input_shape[0] == 1)
+    except TypeError as error:
+        raise ScenarioError(f"{label} cannot be built: {_line(error)}", key="models.options") from error
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ScenarioError(
             f"{label} cannot take images of {size}: {_line(error)}",
@@ -190,14 +189,20 @@ def _split(model: nn.Module, x: Tensor, repeat_grey: bool = False) -> nn.Module:
     if linear and linear[-1][0]:
         path, head = linear[-1]
         model.set_submodule(path, nn.Identity())
-        features = _evaluate(model, x)
-        if isinstance(features, Tensor) and features.ndim == 2 and features.shape[1] == head.in_features:
-            split = Foreign(model, head, path, repeat_grey)
-            with torch.no_grad():
-                if torch.equal(head(features), whole):
-                    return split.train()
+        if _is_cut(model, head, x, whole):
+            return Foreign(model, head, path, repeat_grey).train()
         model.set_submodule(path, head)
     return Foreign(model, nn.Identity(), "", repeat_grey).train() if repeat_grey else Wrapped(model).train()
+
+
+def _is_cut(body: nn.Module, head: nn.Linear, x: Tensor, whole: Tensor) -> bool:
+    """Whether body and head make of `x` what the uncut model made of it."""
+    try:
+        features = _evaluate(body, x)
+        with torch.no_grad():
+            return features.ndim == 2 and torch.equal(head(features), whole)
+    except Exception:  # layers after the head do not fit what is before it, so it cannot be cut here
+        return False
 
 
 def _evaluate(model: nn.Module, x: Tensor) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ class Targets:
         if not bool(finite.all()):
             bad = self.ids[~finite.cpu()]
             raise KnowledgeError(
-                f"targets of {len(bad)} of {len(self.ids)} samples are not finite, first: sample {int(bad[0])}"
+                f"targets of {len(bad)} of {len(self.ids)} samples are not finite, first {int(bad[0])}"
             )
 
     def __len__(self) -> int:
@@ -406,7 +406,7 @@ Reduce = Callable[[Tensor, Tensor], Tensor]
 
 
 def median(values: Tensor, weights: Tensor) -> Tensor:
-    """Return the median of every coordinate over the members present; of an even number, the mean of the middle two.
+    """Return the median of every coordinate over the members present; of two in the middle, their mean.
 
     Examples
     --------
@@ -511,8 +511,8 @@ class Ensemble:
         need not sum to one. Median and trimmed mean count every member once: they take no weights, and leave
         out members of own weight 0.
     per : str, optional
-        ``class`` or ``sample``: what the second dimension of weights is. Needed only if there are as many
-        samples as classes.
+        ``class`` or ``sample``: what the second dimension of weights is. Needed without data, or
+        if there are as many samples as classes.
     transform : Transform or sequence of Transform, optional
         Applied to the reduced outputs, in order: `Softmax`, `Era`, `Power`, `Argmax`.
 
@@ -631,6 +631,7 @@ class Ensemble:
                 weight = torch.exp(score - highest)
             sums.index_add_(0, rows, values * weight)
             total.index_add_(0, rows, weight.expand_as(values))
+            del values  # before the next member computes its own
         kept = (total > 0).all(1).nonzero().squeeze(1) if sums.numel() else torch.empty(0, dtype=torch.long)
         mean = sums[kept] / total[kept]
         # Weights for each class take a mean of distributions off the simplex; others only by rounding.
@@ -791,7 +792,7 @@ class Ensemble:
                 raise ScenarioError(
                     "ensemble: votes have no entropy to weigh them by", hint="use space = 'probs'"
                 )
-            self.score = weights
+            self.score = cast(Score, weights)
             return
         table = torch.as_tensor(weights).double()
         if table.ndim not in (1, 2) or len(table) != len(self.members):

@@ -38,6 +38,11 @@ def make_app(scenario: Scenario | None = None, on_event: Callable[[Event], None]
 def _print(event: dict[str, Any]) -> None:
     if event["event"] == "round":
         accuracy = f", accuracy {event['accuracy']:.4f} ({event['whose']})" if "accuracy" in event else ""
-        print(f"round {event['round']}: {event['received']} of {event['selected']} uploads{accuracy}", flush=True)
+        print(
+            f"round {event['round']}: {event['received']} of {event['selected']} uploads{accuracy}",
+            flush=True,
+        )
     elif event["event"] == "refused":
-        print(f"round {event['round']}: refused client {event['partition_id']}: {event['reason']}", flush=True)
+        print(
+            f"round {event['round']}: refused client {event['partition_id']}: {event['reason']}", flush=True
+        )

@@ -64,14 +64,12 @@ def stock_class(name: str) -> type[StockStrategy]:
     cls = getattr(flower, name)
     hints = typing.get_type_hints(cls.__init__)
     fields = [
-        (p.name, hints.get(p.name, Any), dataclasses.field(default=p.default))
-        for p in inspect.signature(cls.__init__).parameters.values()
-        if isinstance(p.default, bool | int | float) and not p.name.startswith(("fraction_", "min_"))
+        (p.name, hints[p.name], dataclasses.field(**({} if p.default is p.empty else {"default": p.default})))
+        for p in _parameters(cls).values()
+        if hints.get(p.name) in (bool, int, float) and not p.name.startswith(("fraction_", "min_"))
     ]
-    namespace = {"inner_class": cls, "__doc__": inspect.getdoc(cls), "paper": "flwr.serverapp.strategy"}
-    return dataclasses.make_dataclass(
-        name, fields, bases=(StockStrategy,), namespace=namespace, kw_only=True, module=__name__
-    )
+    namespace = {"inner_class": cls, "__doc__": inspect.getdoc(cls), "__module__": __name__}
+    return dataclasses.make_dataclass(name, fields, bases=(StockStrategy,), namespace=namespace, kw_only=True)
 
 
 class GridView(Grid):
@@ -156,9 +154,7 @@ class StockStrategy(DistillationStrategy):
         view = GridView(server.grid, [server.node_of[p] for p in selected])
         drawn = random.getstate()  # Flower samples with the global generator; our selection is already made
         try:
-            messages = list(
-                self.inner.configure_train(self.round, self.arrays(), ConfigRecord(), view)
-            )
+            messages = list(self.inner.configure_train(self.round, self.arrays(), ConfigRecord(), view))
         finally:
             random.setstate(drawn)
         meta = ConfigRecord(weights.meta())
@@ -172,7 +168,9 @@ class StockStrategy(DistillationStrategy):
         uploads = self.receive(server.gather(messages, round=self.round, check=self.check), keep)
         arrays, _ = self.inner.aggregate_train(self.round, [upload.message for upload in uploads])
         if arrays is None:
-            raise RunError(f"round {self.round}: flwr:{self.inner_class.__name__} could not aggregate the replies")
+            raise RunError(
+                f"round {self.round}: flwr:{self.inner_class.__name__} could not aggregate the replies"
+            )
         self.students = {self.arch: _like(weights.state, arrays)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -196,7 +194,9 @@ def _like(reference: Mapping[str, torch.Tensor], arrays: ArrayRecord) -> dict[st
     state = {}
     for name, old in reference.items():
         new = torch.from_numpy(np.array(arrays[name].numpy()))
-        state[name] = (new if old.is_floating_point() else new.double().round()).to(old.dtype).reshape(old.shape)
+        state[name] = (
+            (new if old.is_floating_point() else new.double().round()).to(old.dtype).reshape(old.shape)
+        )
     return state
 
 

@@ -79,6 +79,8 @@ class DistillationStrategy(Strategy):
         self.round = 0
         self.members: list[Upload] = []
         self.received = 0
+        self.train_metrics: dict[str, float] = {}
+        self.distilled: dict[str, Any] = {}
         archs = server.archs if self.shares_weights else [server.server_arch]
         self.students: dict[str, State] = {arch: server.initial(arch) for arch in archs}
 
@@ -126,7 +128,10 @@ class DistillationStrategy(Strategy):
         self.students = {**self.students, **averaged}
 
     def distill(self) -> None:
-        """Improve the students on proxy data. Default: nothing."""
+        """Improve the students on proxy data. Default: nothing.
+
+        What is put into ``self.distilled`` becomes part of the round's event.
+        """
 
     def predictors(self) -> dict[str, Predict]:
         """Return the models on the server whose accuracy is reported, by name: data → logits [N, C].
@@ -153,7 +158,10 @@ class DistillationStrategy(Strategy):
         """Return this round's uploaded models as members of an ensemble."""
         return [
             ModelMember(
-                self.server.model(u.arch), u.state, device=self.server.device, channels_last=self.server.channels_last
+                self.server.model(u.arch),
+                u.state,
+                device=self.server.device,
+                channels_last=self.server.channels_last,
             )
             for u in self.members
         ]
@@ -271,7 +279,7 @@ class DistillationStrategy(Strategy):
         due = last or self.round % run.evaluate_every == 0
         keep = self.keeps_members or (due and run.evaluate_ensemble and self.shares_weights)
         server.emit("started", round=self.round, clients=selected)
-        self.train_metrics: dict[str, float] = {}
+        self.train_metrics, self.distilled = {}, {}
         self.train(selected, keep)
         clock.append(time.perf_counter())
         self.distill()
@@ -289,6 +297,7 @@ class DistillationStrategy(Strategy):
             "selected": len(selected),
             "received": self.received,
             "train": self.train_metrics,
+            **({"distill": self.distilled} if self.distilled else {}),
             **measured,
             "bytes_up": traffic["up"],
             "bytes_down": traffic["down"],

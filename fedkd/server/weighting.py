@@ -77,7 +77,7 @@ def by_class(counts: np.ndarray | Tensor) -> Tensor:
 
 
 def by_certainty(scores: np.ndarray | Tensor) -> Tensor:
-    """Return weights for each sample from certainty scores, s_k(x) / Σ_k s_k(x) (FedAUX: Sattler et al. 2021).
+    """Return weights for each sample from scores: s_k(x) / Σ_k s_k(x) (FedAUX, Sattler et al. 2021).
 
     Parameters
     ----------

@@ -201,7 +201,7 @@ def test_names_and_descriptions():
 @pytest.mark.parametrize(
     ("name", "settings", "key", "says"),
     [
-        ("resnet21", {}, "models.student", "did you mean 'resnet20'"),
+        ("resnet9", {}, "models.student", "did you mean 'resnet8'"),
         ("text", {}, "models.student", "takes tokens, not image"),
         (
             "cnn",

@@ -1,0 +1,161 @@
+"""What must hold for every method: oracles that do not know how the method is written (methods of the literature)."""
+
+import pytest
+import torch
+
+STRATEGIES = ["fedavg", "fedprox", "feddf", "fedgkd", "fedntd", "dsfl", "fd"]
+FAST = {
+    "feddf": {"name": "feddf", "steps": 20, "batch_size": 16},
+    "dsfl": {
+        "name": "dsfl",
+        "open_size": 40,
+        "distill_batch_size": 20,
+        "distill_epochs": 2,
+        "server_lr": 0.1,
+    },
+}
+
+
+def fast(name):
+    return FAST.get(name, {"name": name})
+
+
+def rounds_of(events):
+    """Return the round events without what depends on the clock."""
+    return [{k: v for k, v in e.items() if k != "seconds"} for e in events if e["event"] == "round"]
+
+
+def equal_students(first, second):
+    assert first.students.keys() == second.students.keys() and first.students
+    for arch in first.students:
+        for name, tensor in first.students[arch].items():
+            assert torch.equal(tensor, second.students[arch][name]), name
+
+
+@pytest.mark.parametrize(
+    ("strategy", "fedavg"),
+    [
+        ({"name": "fedprox", "mu": 0.0}, {"name": "fedavg"}),
+        ({"name": "fedntd", "beta": 0.0}, {"name": "fedavg"}),
+        ({"name": "fedgkd", "coefficient": 0.0, "buffer": 1}, {"name": "fedavg", "weighting": "uniform"}),
+        ({"name": "fedgkd", "coefficient": 0.0, "buffer": 3}, {"name": "fedavg", "weighting": "uniform"}),
+    ],
+)
+def test_coefficient_zero_is_bit_identical_to_fedavg(small, federate, strategy, fedavg):
+    zero, _ = federate(small(strategy))
+    plain, _ = federate(small(fedavg))
+    equal_students(zero, plain)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"name": "fedprox", "mu": 1.0},
+        {"name": "fedntd", "beta": 1.0},
+        {"name": "fedgkd", "coefficient": 1.0, "buffer": 2, "weighting": "examples"},
+    ],
+)
+def test_a_positive_coefficient_is_not(small, federate, strategy):
+    regularised, _ = federate(small(strategy))
+    plain, _ = federate(small("fedavg"))
+    assert any(not torch.equal(t, plain.students["mlp"][n]) for n, t in regularised.students["mlp"].items())
+
+
+@pytest.mark.parametrize("teacher", ["global", "last:2", "ema:0.9", "own"])
+def test_a_scenario_term_of_weight_zero_changes_no_bit(small, federate, teacher):
+    term = {"loss": "kd", "weight": 0.0, "teacher": teacher, "temperature": 2.0}
+    with_term, events = federate(small("fedavg", client__terms=[term]))
+    plain, _ = federate(small("fedavg"))
+    equal_students(with_term, plain)
+    assert "kd" in rounds_of(events)[-1]["train"]
+
+
+def test_a_scenario_term_pulls_the_student_to_its_teacher(small, federate):
+    strong = {"loss": "kd", "weight": 2.0, "teacher": "global"}
+    start = federate(small("fedavg"), rounds=1)[0].students["mlp"]
+    free, _ = federate(small("fedavg", run__rounds=2))
+    held, _ = federate(small("fedavg", run__rounds=2, client__terms=[strong]))
+
+    def moved(strategy):
+        return sum(float((t - start[n]).norm()) for n, t in strategy.students["mlp"].items())
+
+    assert moved(held) < 0.9 * moved(free)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_same_seed_same_metrics_other_seed_other_metrics(small, federate, name):
+    first = rounds_of(federate(small(fast(name)))[1])
+    again = rounds_of(federate(small(fast(name)))[1])
+    other = rounds_of(federate(small(fast(name), run__seed=1))[1])
+    assert first == again != other
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_measured_bytes_are_the_formulas(small, federate, name):
+    theta = 4 * (12 * 16 + 16 + 16 * 4 + 4)  # the MLP 12-16-4 in float32
+    classes, open_size, clients = 4, 40, 4  # participation 0.7 of 6 clients: 4
+    outputs, request = 4 * open_size * classes + 4 * open_size, 4 * open_size
+    table = 4 * classes**2 + 4 * classes
+    up = {"dsfl": {"proxy-outputs": outputs}, "fd": {"class-outputs": table}}.get(name, {"weights": theta})
+    first = {"dsfl": {"request": request}, "fd": {}}.get(name, {"weights": theta})
+    later = {
+        "dsfl": {"request": request, "proxy-outputs": outputs},
+        "fd": {"class-outputs": table},
+        "fedgkd": {"weights": theta, "teacher": theta},
+    }.get(name, first)
+
+    _, events = federate(small(fast(name)), rounds=2)
+
+    one, two = rounds_of(events)
+    assert one["received"] == clients
+    assert one["bytes_up"] == {kind: clients * n for kind, n in up.items()} == two["bytes_up"]
+    assert one["bytes_down"] == {kind: clients * n for kind, n in first.items()}
+    assert two["bytes_down"] == {kind: clients * n for kind, n in later.items()}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_state_goes_through_a_checkpoint(small, federate, name, tmp_path):
+    from fedkd import checkpoint, plugins
+
+    strategy, _ = federate(small(fast(name)))
+    checkpoint.save(strategy.state_dict(), tmp_path)
+    copy = plugins.make_strategy(small(fast(name)))
+    copy.bind(strategy.server)
+    copy.load_state_dict(checkpoint.load(tmp_path))
+    again, before = copy.state_dict(), strategy.state_dict()
+    assert again.keys() == before.keys() and again["round"] == 3
+
+    def compare(one, two):
+        if isinstance(one, torch.Tensor):
+            assert torch.equal(one, two)
+        elif isinstance(one, dict):
+            assert one.keys() == two.keys()
+            for key in one:
+                compare(one[key], two[key])
+        elif isinstance(one, list):
+            assert len(one) == len(two)
+            for left, right in zip(one, two, strict=True):
+                compare(left, right)
+        else:
+            assert one == two
+
+    compare(before, again)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedprox", "feddf", "fedgkd", "fedntd", "dsfl", "fd"])
+def test_different_models_in_one_federation(small, federate, name):
+    scenario = small(
+        fast(name),
+        models__student=["mlp", "cnn", "resnet8"],
+        models__options={},
+        data__options={"classes": 4, "train": 200, "test": 40, "shape": [8, 8]},
+        run__participation=1.0,
+        run__rounds=2,
+        proxy__size=20,
+        client__steps=2,
+    )
+    _, events = federate(scenario)
+    last = rounds_of(events)[-1]
+    assert last["received"] == 6 and 0 <= last["accuracy"] <= 1
+    whose = {"fd": "clients", "dsfl": "server"}.get(name, "mean of 3 server models")
+    assert last["whose"] == whose

@@ -1,0 +1,242 @@
+"""Each method against its formula, on numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from fedkd.data.batches import Batch
+from fedkd.models import Outputs
+from fedkd.payloads import ClassOutputs, ProxyOutputs
+from strategies.dsfl import DSFL, soft_cross_entropy
+from strategies.fd import FD, ClassMeans
+from strategies.fedgkd import FedGKD, GlobalDistillation
+from strategies.fedntd import FedNTD, NotTrueDistillation
+from strategies.fedprox import FedProx, Proximal
+
+LN3, LN9 = math.log(3), math.log(9)
+
+
+def outputs(*rows):
+    logits = torch.tensor(rows)
+    return Outputs(logits, logits, ())
+
+
+def batch(*labels):
+    return Batch(torch.zeros(len(labels), 1), torch.tensor(labels), torch.arange(len(labels)))
+
+
+def test_fedprox_is_half_mu_times_the_squared_distance():
+    local = Proximal(FedProx(mu=0.5))
+    params = {"w": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}
+    anchor = {"w": torch.tensor([0.0, 0.0]), "b": torch.tensor([1.0])}
+    terms = local.loss(params, batch(0), outputs([0.0, 0.0]), (), {"anchor": anchor})
+    assert float(terms["prox"]) == pytest.approx(0.5 * 0.5 * (1 + 4 + 4))
+    assert float(terms["ce"]) == pytest.approx(math.log(2))
+
+
+def test_fedgkd_is_c_times_t_squared_times_kl_from_teacher_to_student():
+    local = GlobalDistillation(FedGKD(coefficient=0.1, temperature=2.0))
+    # At T = 2 the teacher (ln 9, 0) is (3/4, 1/4), the student (0, 0) is (1/2, 1/2).
+    terms = local.loss({}, batch(0), outputs([0.0, 0.0]), (outputs([LN9, 0.0]),), {})
+    kl = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    assert float(terms["kd"]) == pytest.approx(0.1 * 4 * kl, rel=1e-5)
+
+
+def test_fedgkd_has_no_term_before_there_is_a_teacher():
+    local = GlobalDistillation(FedGKD())
+    assert float(local.loss({}, batch(0), outputs([0.0, 0.0]), (), {})["kd"]) == 0.0
+
+
+def test_fedntd_leaves_the_true_class_out_of_both_softmaxes():
+    local = NotTrueDistillation(FedNTD(beta=0.3, tau=1.0))
+    # Label 0: what is left is the teacher's (ln 3, 0) = (3/4, 1/4) and the student's (0, ln 3) = (1/4, 3/4).
+    student, teacher = outputs([5.0, 0.0, LN3]), outputs([-2.0, LN3, 0.0])
+    student.logits.requires_grad_()
+    terms = local.loss({}, batch(0), student, (teacher,), {})
+    kl = 0.75 * math.log(0.75 / 0.25) + 0.25 * math.log(0.25 / 0.75)
+    assert float(terms["ntd"].detach()) == pytest.approx(0.3 * kl, rel=1e-5)
+    terms["ntd"].backward()
+    assert float(student.logits.grad[0, 0]) == 0.0  # cross-entropy alone fits the label
+
+
+def test_fedntd_with_two_classes_has_no_distillation():
+    local = NotTrueDistillation(FedNTD())
+    terms = local.loss(
+        {}, batch(0, 1), outputs([3.0, -1.0], [0.5, 2.0]), (outputs([0.0, 9.0], [4.0, 1.0]),), {}
+    )
+    assert float(terms["ntd"]) == 0.0
+
+
+@pytest.mark.parametrize("local", [GlobalDistillation(FedGKD()), NotTrueDistillation(FedNTD())])
+def test_a_student_that_equals_its_teacher_has_loss_zero(local):
+    out = outputs([1.0, -2.0, 0.5], [0.0, 3.0, 1.0])
+    terms = local.loss({}, batch(0, 2), out, (out,), {})
+    assert float(terms[{"FedGKD": "kd", "FedNTD": "ntd"}[type(local.method).__name__]]) == pytest.approx(
+        0, abs=1e-7
+    )
+
+
+def test_fd_regularises_with_cross_entropy_towards_the_mean_of_the_label():
+    local = ClassMeans(FD(gamma=2.0))
+    aux = {
+        "means": torch.tensor([[0.9, 0.1], [0.3, 0.7]]),
+        "present": torch.tensor([1.0, 0.0]),  # nobody else has class 1
+    }
+    # Softmax of (ln 3, 0) is (3/4, 1/4). The sample of class 1 has no target and counts as zero in the batch mean.
+    terms = local.loss({}, batch(0, 1), outputs([LN3, 0.0], [LN3, 0.0]), (), aux)
+    expected = -(0.9 * math.log(0.75) + 0.1 * math.log(0.25)) / 2
+    assert float(terms["fd"]) == pytest.approx(2 * expected, rel=1e-5)
+
+
+def test_fd_tallies_outputs_by_true_class_over_steps():
+    local = ClassMeans(FD())
+    tally = local.observe({}, batch(0, 1), outputs([LN3, 0.0], [0.0, 0.0]))
+    tally = local.observe(tally, batch(0), outputs([0.0, LN3]))
+    assert tally["counts"].tolist() == [2.0, 1.0]
+    torch.testing.assert_close(tally["sums"], torch.tensor([[0.75 + 0.25, 0.25 + 0.75], [0.5, 0.5]]))
+
+
+class _Classes:
+    """Stands in for the server: two classes."""
+
+    class federation:
+        num_classes = 2
+
+
+def _fd_with(tables, **hyper):
+    strategy = FD(**hyper)
+    strategy.server = _Classes()
+    strategy.tables = {
+        p: ClassOutputs(torch.tensor(means), torch.tensor(counts), "probs")
+        for p, (means, counts) in tables.items()
+    }
+    return strategy
+
+
+TABLES = {
+    0: ([[0.8, 0.2], [0.4, 0.6]], [5.0, 5.0]),
+    1: ([[0.6, 0.4], [0.0, 0.0]], [9.0, 0.0]),  # has no samples of class 1
+    2: ([[1.0, 0.0], [0.0, 0.0]], [1.0, 0.0]),
+}
+
+
+def test_fd_sends_the_mean_of_the_others_and_masks_what_nobody_else_has():
+    strategy = _fd_with(TABLES)
+    total = strategy.sums(strategy.tables.values())
+
+    for_0 = strategy.table_for(0, *total)
+    torch.testing.assert_close(for_0.means, torch.tensor([[0.8, 0.2], [0.0, 0.0]]))
+    assert for_0.present.tolist() == [True, False]  # only client 0 itself has class 1
+
+    for_1 = strategy.table_for(
+        1, *total
+    )  # plain mean of clients 0 and 2; zeros of missing classes are not in it
+    torch.testing.assert_close(for_1.means, torch.tensor([[0.9, 0.1], [0.4, 0.6]]))
+    for_1.check(2, "probs")
+
+    newcomer = strategy.table_for(7, *total)
+    torch.testing.assert_close(newcomer.means, torch.tensor([[0.8, 0.2], [0.4, 0.6]]))
+
+
+def test_fd_does_not_depend_on_the_order_of_clients():
+    forward, backward = _fd_with(TABLES), _fd_with(dict(reversed(TABLES.items())))
+    for client in (0, 1, 2, 9):
+        one = forward.table_for(client, *forward.sums(forward.tables.values()))
+        two = backward.table_for(client, *backward.sums(backward.tables.values()))
+        torch.testing.assert_close(one.means, two.means, rtol=0, atol=1e-7)
+
+
+class _Said:
+    """An upload that holds given outputs."""
+
+    def __init__(self, rows):
+        self.knowledge = {"proxy-outputs": ProxyOutputs(torch.tensor([3, 8]), torch.tensor(rows), "probs")}
+
+
+def test_dsfl_averages_probabilities_and_sharpens_the_mean():
+    strategy = DSFL(temperature=0.1)
+    strategy.asked = torch.tensor([3, 8])
+    uploads = [_Said([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0]]), _Said([[0.3, 0.5, 0.2], [0.0, 1.0, 0.0]])]
+
+    strategy.fuse(uploads)
+
+    # Means (0.4, 0.4, 0.2) and (0.5, 0.5, 0); softmax of ten times that.
+    def softmax10(*mean):
+        powers = [math.exp(10 * m) for m in mean]
+        return [p / sum(powers) for p in powers]
+
+    expected = torch.tensor([softmax10(0.4, 0.4, 0.2), softmax10(0.5, 0.5, 0.0)])
+    torch.testing.assert_close(strategy.labels.values, expected)
+    assert strategy.labels.ids.tolist() == [3, 8]
+
+    flipped = DSFL(temperature=0.1)
+    flipped.asked = strategy.asked
+    flipped.fuse(uploads[::-1])
+    torch.testing.assert_close(flipped.labels.values, strategy.labels.values, rtol=0, atol=1e-7)
+
+
+def test_dsfl_without_entropy_reduction_is_the_plain_mean():
+    strategy = DSFL(aggregation="mean")
+    strategy.asked = torch.tensor([3, 8])
+    strategy.fuse([_Said([[0.5, 0.5], [1.0, 0.0]]), _Said([[0.1, 0.9], [0.0, 1.0]])])
+    torch.testing.assert_close(strategy.labels.values, torch.tensor([[0.3, 0.7], [0.5, 0.5]]))
+
+
+def test_dsfl_digests_with_cross_entropy_on_soft_labels():
+    loss = soft_cross_entropy(torch.tensor([[LN3, 0.0]]), torch.tensor([[0.2, 0.8]]))
+    assert float(loss) == pytest.approx(-(0.2 * math.log(0.75) + 0.8 * math.log(0.25)), rel=1e-6)
+
+
+def test_feddf_of_one_client_has_nothing_to_distil(small, federate):
+    # One member: the target is the student itself, and the loss of the first step is 0 (no norm layer).
+    scenario = small({"name": "feddf", "steps": 5}, run__participation=0.01, run__rounds=1)
+    _, events = federate(scenario)
+    report = next(e for e in events if e["event"] == "round")["distill"]["mlp"]
+    assert report["loss_first"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_feddf_moves_the_average_towards_the_ensemble(small, federate):
+    scenario = small({"name": "feddf", "steps": 200, "batch_size": 32, "lr": 0.01}, run__rounds=1)
+    _, events = federate(scenario)
+    report = next(e for e in events if e["event"] == "round")["distill"]["mlp"]
+    assert report["loss_last"] < 0.2 * report["loss_first"]
+
+
+def test_feddf_can_start_from_the_previous_student(small, federate):
+    average, _ = federate(small({"name": "feddf", "steps": 1, "lr": 1e-9}, run__rounds=1))
+    previous, _ = federate(
+        small({"name": "feddf", "steps": 1, "lr": 1e-9, "student_from": "previous"}, run__rounds=1)
+    )
+    initial = previous.server.initial("mlp")
+    for name, tensor in previous.students["mlp"].items():
+        torch.testing.assert_close(tensor, initial[name], atol=1e-6, rtol=0)
+    assert any(not torch.allclose(t, initial[n], atol=1e-4) for n, t in average.students["mlp"].items())
+
+
+def test_feddf_drops_members_below_chance(small, federate):
+    scenario = small(
+        {"name": "feddf", "steps": 2, "drop_worst": True}, proxy__server_labels=40, partition__alpha=0.05
+    )
+    _, events = federate(scenario)
+    dropped = [e for e in events if e["event"] == "dropped"]
+    assert dropped and all(e["accuracy"] < 1.2 / 4 for e in dropped)
+
+
+def test_feddf_stops_early_on_server_labels(small, federate):
+    scenario = small(
+        {"name": "feddf", "steps": 1000, "patience": 100, "lr": 1e-9}, proxy__server_labels=40, run__rounds=1
+    )
+    _, events = federate(scenario)
+    report = next(e for e in events if e["event"] == "round")["distill"]["mlp"]
+    assert report["stopped_early"] and report["steps"] == 200
+
+
+def test_fedgkd_teacher_is_the_mean_of_the_last_m_averages(small, federate):
+    strategy, _ = federate(small({"name": "fedgkd", "buffer": 2}))
+    assert len(strategy.history) == 2
+    strategy.round += 1
+    sent = strategy.broadcast([0])[0]["teacher"].state
+    for name, tensor in sent.items():
+        expected = (strategy.history[0]["mlp"][name].double() + strategy.history[1]["mlp"][name].double()) / 2
+        torch.testing.assert_close(tensor.double(), expected, atol=1e-7, rtol=0)

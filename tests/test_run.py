@@ -1,0 +1,278 @@
+"""Runs: equal metrics on every engine and when resumed, folders, refusals, failures."""
+
+import json
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, Message
+from safetensors.torch import load_file
+
+from fedkd import run
+from fedkd.errors import RunError, ScenarioError
+
+STRATEGIES = [
+    {"name": "fedavg"},
+    {"name": "fedprox"},
+    {"name": "feddf", "steps": 10, "batch_size": 16},
+    {"name": "fedgkd"},
+    {"name": "fedntd"},
+    {"name": "dsfl", "open_size": 40, "distill_epochs": 1},
+    {"name": "fd"},
+    {"name": "flwr:FedAdam"},
+]
+IDS = [s["name"] for s in STRATEGIES]
+
+
+def metrics(folder):
+    """Return the round events without what depends on the clock."""
+    rounds = [e for e in run.read_metrics(folder) if e["event"] == "round"]
+    return [{k: v for k, v in e.items() if k != "seconds"} for e in rounds]
+
+
+def with_stateful_clients(small, strategy, **changes):
+    """Dropout-free tiny federation with BatchNorm at home, so that clients have memory whatever the method."""
+    buffers = "all" if strategy["name"].startswith("flwr:") else "params_only"
+    return small(strategy, models__norm="batch", models__buffers=buffers, **changes)
+
+
+class StopAfter(run.Listener):
+    """Presses Ctrl-C in the middle of a round."""
+
+    def __init__(self, round):
+        self.round = round
+
+    def event(self, event):
+        if event["event"] == "reply" and event["round"] == self.round + 1:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=IDS)
+def test_a_resumed_run_has_the_same_metrics(small, tmp_path, strategy):
+    scenario = with_stateful_clients(small, strategy)
+    whole = run.execute(scenario, out=tmp_path / "whole")
+
+    with pytest.raises(run.RunInterrupted) as stopped:
+        run.execute(scenario, out=tmp_path / "halves", listener=StopAfter(2))
+    folder = stopped.value.folder
+    assert not (folder / "summary.json").exists()
+    resumed = run.resume(folder)
+
+    assert metrics(resumed.folder) == metrics(whole.folder)
+    assert len(metrics(whole.folder)) == 3
+    for model in whole.folder.glob("model*.safetensors"):
+        one, two = load_file(model), load_file(resumed.folder / model.name)
+        assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=IDS)
+def test_ray_gives_the_same_bits_as_this_process(small, tmp_path, strategy, ray_session):
+    inline = run.execute(with_stateful_clients(small, strategy), out=tmp_path / "inline")
+    for workers in (1, 2) if strategy["name"] in ("feddf", "fd") else (2,):
+        scenario = with_stateful_clients(small, strategy, system__engine="ray", system__workers=workers)
+        on_ray = run.execute(scenario, out=tmp_path / str(workers))
+        assert metrics(on_ray.folder) == metrics(inline.folder)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"name": "feddf", "steps": 10, "batch_size": 16},
+        {"name": "dsfl", "open_size": 40, "distill_epochs": 1},
+    ],
+    ids=["feddf", "dsfl"],
+)
+def test_flowers_own_runtime_gives_the_same_metrics(small, tmp_path, strategy, ray_session):
+    from flwr.simulation import run_simulation
+
+    from fedkd.client.handlers import make_app as client_app
+    from fedkd.server.handlers import make_app as server_app
+
+    scenario = with_stateful_clients(small, strategy)
+    ours = run.execute(scenario, out=tmp_path)
+
+    events = []
+    run_simulation(
+        server_app=server_app(scenario, events.append),
+        client_app=client_app(scenario),
+        num_supernodes=scenario.partition.clients,
+        backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
+    )
+
+    theirs = [{k: v for k, v in e.items() if k != "seconds"} for e in events if e["event"] == "round"]
+    assert json.loads(json.dumps(theirs)) == metrics(ours.folder)
+
+
+def test_the_folder_of_a_run_tells_everything(small, tmp_path):
+    result = run.execute(small({"name": "feddf", "steps": 5}), out=tmp_path)
+    folder = result.folder
+    assert folder.parent == tmp_path / "small" and folder.name.startswith("feddf-seed0-")
+    resolved = (folder / "scenario.toml").read_text()
+    assert "alpha = 0.3" in resolved and "server_threads = 1" in resolved
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["packages"]["torch"] and environment["server_threads"] == 1
+    summary = json.loads((folder / "summary.json").read_text())
+    last = metrics(folder)[-1]
+    assert summary["final"] == last["accuracy"] == last["predictors"]["server"]["accuracy"]
+    assert summary["ensemble"] == last["predictors"]["ensemble"]["accuracy"]
+    assert 0 <= summary["agreement"] <= 1
+    assert summary["best"] == max(e["accuracy"] for e in metrics(folder))
+    assert summary["bytes_up"] == {"weights": sum(e["bytes_up"]["weights"] for e in metrics(folder))}
+    assert load_file(folder / "model.safetensors").keys() == result_keys(small)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["round-000003"]
+
+
+def result_keys(small):
+    from fedkd.data.federation import build_federation
+    from fedkd.students import build_student
+
+    scenario = small()
+    return build_student(scenario, build_federation(scenario).dataset, "mlp").state_dict().keys()
+
+
+def test_a_finished_run_is_not_computed_again_unless_asked_for(small, tmp_path):
+    first = run.execute(small(), out=tmp_path)
+    again = run.execute(small(), out=tmp_path)
+    fresh = run.execute(small(), out=tmp_path, fresh=True)
+    assert again.skipped and again.folder == first.folder and again.summary == first.summary
+    assert not fresh.skipped and fresh.folder != first.folder
+    assert metrics(fresh.folder) == metrics(first.folder)
+
+
+def test_events_after_the_checkpoint_are_void_when_a_run_is_resumed(tmp_path):
+    events = [
+        {"event": "round", "round": 1, "accuracy": 0.1},
+        {"event": "refused", "round": 2},
+        {"event": "round", "round": 2, "accuracy": 0.2},
+        {"event": "resumed", "after_round": 1},
+        {"event": "round", "round": 2, "accuracy": 0.2},
+    ]
+    text = "\n".join(json.dumps(e) for e in events) + '\n{"event": "rou'  # cut off by a crash
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert [e["event"] for e in run.read_metrics(tmp_path)] == ["round", "resumed", "round"]
+
+
+# --- faults ------------------------------------------------------------------------------------------------------
+
+
+def tampering(partition_id, change):
+    """Return a Flower mod that changes the weights that one client uploads."""
+
+    def mod(message, context, call_next):
+        reply = call_next(message, context)
+        if context.node_config["partition-id"] == partition_id and message.metadata.message_type == "train":
+            arrays = {k: change(a.numpy().copy()) for k, a in reply.content["weights"].items()}
+            reply.content["weights"] = ArrayRecord({k: Array(a) for k, a in arrays.items()})
+        return reply
+
+    return mod
+
+
+def raising(partition_id):
+    def mod(message, context, call_next):
+        if context.node_config["partition-id"] == partition_id:
+            raise ValueError("out of coffee")
+        return call_next(message, context)
+
+    return mod
+
+
+@pytest.mark.parametrize(
+    ("mod", "reason"),
+    [
+        (tampering(2, lambda a: a * float("nan")), "NaN"),
+        (tampering(2, lambda a: a[:1]), "wrong shape"),
+        (tampering(2, lambda a: a.astype("float64")), "wrong type"),
+        (raising(2), "out of coffee"),
+    ],
+)
+def test_a_bad_upload_is_refused_with_a_reason_and_the_round_goes_on(small, federate, mod, reason):
+    strategy, events = federate(small("fedavg", run__participation=1.0), mods=[mod])
+    refused = [e for e in events if e["event"] == "refused"]
+    rounds = [e for e in events if e["event"] == "round"]
+    assert [e["round"] for e in refused] == [1, 2, 3]
+    assert all(e["partition_id"] == 2 and reason in e["reason"] for e in refused)
+    assert all(e["received"] == e["selected"] - 1 for e in rounds)
+    assert all(bool(torch.isfinite(t).all()) for t in strategy.students["mlp"].values())
+
+
+def test_a_refused_client_does_not_change_the_others_bits(small, federate):
+    poisoned, _ = federate(
+        small("fedavg", run__participation=1.0), mods=[tampering(2, lambda a: a + float("inf"))]
+    )
+    missing, _ = federate(small("fedavg", run__participation=1.0), mods=[raising(2)])
+    for name, tensor in poisoned.students["mlp"].items():
+        assert torch.equal(tensor, missing.students["mlp"][name])
+
+
+def test_malformed_knowledge_is_refused_by_the_client(small):
+    from fedkd.client.handlers import REFUSED, make_app
+    from fedkd.engine import InlineGrid, Nodes
+    from fedkd.payloads import Knowledge, Weights
+
+    scenario = small()
+    with InlineGrid(lambda: make_app(scenario), Nodes.alike(6)) as grid:
+        bad = Knowledge.of(Weights({"w": torch.zeros(1)}, "mlp")).to_records({"server-round": 1})
+        node = next(iter(grid.get_node_ids()))
+        (reply,) = grid.send_and_receive([Message(content=bad, message_type="train", dst_node_id=node)])
+    assert reply.error.code == REFUSED and "wrong keys" in reply.error.reason
+
+
+def test_too_few_replies_stop_the_run_resumably(small, tmp_path):
+    scenario = small("fedavg", run__participation=1.0, client__lr=1e30, system__min_replies=2)
+    with pytest.raises(RunError, match=r"usable uploads[\s\S]*fedkd resume"):
+        run.execute(scenario, out=tmp_path)
+    (folder,) = (tmp_path / "small").iterdir()
+    assert not (folder / "summary.json").exists() and (folder / "error.txt").exists()
+    events = run.read_metrics(folder)
+    assert any(e["event"] == "refused" and "NaN" in e["reason"] for e in events)
+    assert events[-1]["event"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"proxy__source": "none", "strategy": {"name": "feddf"}}, "proxy.source"),
+        ({"models__student": ["mlp", "cnn"], "strategy": {"name": "flwr:FedAdam"}}, "models.student"),
+        ({"strategy": {"name": "fd"}, "client__terms": [{"teacher": "global"}]}, "client.terms"),
+        ({"strategy": {"name": "feddf", "drop_worst": True}}, "proxy.server_labels"),
+    ],
+)
+def test_a_scenario_that_cannot_run_writes_nothing(small, tmp_path, changes, key):
+    changes = dict(changes)
+    scenario = small(changes.pop("strategy", "fedavg"), **changes)
+    with pytest.raises(ScenarioError) as error:
+        run.execute(scenario, out=tmp_path, file="my.toml")
+    assert key in str(error.value) and "my.toml" in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_client_evaluation_reports_mean_and_worst_decile(small, federate):
+    _, events = federate(small("fedavg", run__evaluate_clients="all", partition__test=0.3))
+    local = [e for e in events if e["event"] == "round"][-1]["predictors"]["clients-local"]
+    assert 0 <= local["worst_decile"] <= local["accuracy"] <= 1 and local["clients"] >= 5
+
+
+@pytest.mark.parametrize("strategy", ["fd", "fedavg"])
+def test_text_models_learn_in_a_federation(small, federate, tmp_path, strategy):
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 400)
+    x = np.where(rng.random((400, 12)) < 0.8, 2 + y[:, None], rng.integers(0, 10, (400, 12))).astype(
+        np.uint16
+    )
+    np.savez(
+        tmp_path / "toy.npz",
+        x_train=x[:300], y_train=y[:300].astype(np.uint8), x_test=x[300:], y_test=y[300:].astype(np.uint8),
+        classes=np.array(["a", "b"]), vocab=np.frombuffer("\n".join("0123456789").encode(), np.uint8),
+    )  # fmt: skip
+    scenario = small(
+        strategy,
+        data={"source": f"npz:{tmp_path / 'toy.npz'}", "options": {}},
+        models={"student": "text", "options": {}},
+        partition__alpha=5.0,
+        client__lr=1.0,
+        run__participation=1.0,
+    )
+    _, events = federate(scenario)
+    assert [e for e in events if e["event"] == "round"][-1]["accuracy"] > 0.9
