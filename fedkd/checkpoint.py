@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,8 +35,9 @@ def save(tree: Mapping[str, Any], folder: Path) -> None:
 
     def strip(value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
-            tensors[path] = value.detach().cpu().contiguous().clone()
-            return {_TENSOR: path}
+            name = str(len(tensors))  # paths may collide: {"a/b": …} and {"a": {"b": …}}
+            tensors[name] = value.detach().cpu().contiguous().clone()
+            return {_TENSOR: name}
         if isinstance(value, Mapping):
             if not all(isinstance(key, str) for key in value):
                 raise TypeError(f"{path or 'the state'} has keys that are no strings")
@@ -49,6 +51,9 @@ def save(tree: Mapping[str, Any], folder: Path) -> None:
     text = json.dumps(strip(tree, ""))
     save_file(tensors, folder / "tensors.safetensors")
     (folder / "tree.json").write_text(text)
+    for name in ("tensors.safetensors", "tree.json"):  # on the disk before anything older is removed
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def load(folder: Path) -> dict[str, Any]:
@@ -83,8 +88,28 @@ def tensor_to_bytes(tensor: Tensor) -> bytes:
     return tensor.numpy().tobytes()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename it: it is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+def records_to_tree(records: RecordDict) -> dict[str, Any]:
+    """Return a client's Flower state as a tree: arrays as tensors, metrics and configs as they are."""
+    tree: dict[str, Any] = {"arrays": {}, "metrics": {}, "configs": {}}
+    for name, arrays in records.array_records.items():
+        tree["arrays"][name] = {k: torch.from_numpy(a.numpy().copy()) for k, a in arrays.items()}
+    for name, metrics in records.metric_records.items():
+        tree["metrics"][name] = {k: list(v) if isinstance(v, list) else v for k, v in metrics.items()}
+    for name, config in records.config_records.items():
+        tree["configs"][name] = {
+            k: {"bytes": bytes_to_tensor(v)} if isinstance(v, bytes) else v for k, v in config.items()
+        }
+    return tree
+
+
+def tree_to_records(tree: Mapping[str, Any]) -> RecordDict:
+    """Undo `records_to_tree`."""
+    records = RecordDict()
+    for name, arrays in tree["arrays"].items():
+        records[name] = ArrayRecord({k: Array(t.numpy()) for k, t in arrays.items()})
+    for name, metrics in tree["metrics"].items():
+        records[name] = MetricRecord(metrics)
+    for name, config in tree["configs"].items():
+        values = {k: tensor_to_bytes(v["bytes"]) if isinstance(v, dict) else v for k, v in config.items()}
+        records[name] = ConfigRecord(values)
+    return records

@@ -1,4 +1,4 @@
-"""What is checked before a scenario runs, beyond each setting by itself (see `fedkd.scenario` for that)."""
+"""What is checked before a scenario runs, beyond each setting by itself (see `fedkd.parsing` for that)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from fedkd.client.terms import check_teacher
 from fedkd.data import sources
 from fedkd.data.local import find_file
 from fedkd.data.partition import check as check_partition
-from fedkd.errors import DataError, ScenarioError
-from fedkd.scenario import Scenario, did_you_mean, raise_all
+from fedkd.errors import DataError, ScenarioError, raise_all
+from fedkd.scenario import Scenario
+from fedkd.wording import did_you_mean
 
 if TYPE_CHECKING:
     from fedkd.data.federation import Federation
@@ -37,6 +38,7 @@ def check(scenario: Scenario) -> None:
         _strategy,
         _terms,
         _batches,
+        _buffers,
         _device,
         _participation,
     ]
@@ -70,16 +72,11 @@ def check_data(scenario: Scenario, federation: Federation) -> None:
         errors.append(ScenarioError("no client has a training sample", key="partition.clients", hint=hint))
     proxy = federation.proxy
     if proxy is not None and scenario.proxy.size > len(proxy):
-        problem = (
-            f"must be at most {len(proxy)}, what {scenario.proxy.source} holds, is {scenario.proxy.size}"
-        )
+        problem = f"must be at most {len(proxy)}, what {scenario.proxy.source} holds, is {scenario.proxy.size}"
         errors.append(ScenarioError(problem, key="proxy.size", hint="0 takes all there is"))
-    if "same-shape" in getattr(plugins.strategy_class(scenario.strategy.name), "requires", ()) and (
-        proxy is not None and not proxy.same_shape
-    ):
-        problem = (
-            f"{scenario.strategy.name} needs a proxy set of the task's shape; {proxy.source} has another"
-        )
+    needs = plugins.make_strategy(scenario).needs()
+    if proxy is not None and "same-shape" in needs - proxy.capabilities:
+        problem = f"{scenario.strategy.name} needs a proxy set of the task's shape; {proxy.source} has another"
         errors.append(ScenarioError(problem, key="proxy.source", hint='use source = "held-out"'))
     for key, name in _names(scenario):
         try:
@@ -112,9 +109,7 @@ def _source(source: str, key: str, folder: str, more: tuple[str, ...] = ()) -> N
         hint = f"{guess} known: {', '.join([*more, *patterns.values()])}".strip()
         raise ScenarioError(f"unknown data set {source!r}", key=key, hint=hint)
     if (":" in patterns[kind]) != bool(name):
-        raise ScenarioError(
-            f"{source!r} should read {patterns[kind]!r}", key=key, hint="see fedkd list datasets"
-        )
+        raise ScenarioError(f"{source!r} should read {patterns[kind]!r}", key=key, hint="see fedkd list datasets")
     if kind == "npz":
         try:
             find_file(name, folder)
@@ -135,9 +130,7 @@ def _proxy(scenario: Scenario) -> None:
         for key in ("size", "labelled"):
             if getattr(spec, key):
                 hint = 'add source = "held-out", or leave it out'
-                raise ScenarioError(
-                    "there is no proxy set that it could apply to", key=f"proxy.{key}", hint=hint
-                )
+                raise ScenarioError("there is no proxy set that it could apply to", key=f"proxy.{key}", hint=hint)
         return
     if spec.labelled and spec.source != "held-out":
         problem = f"must be false for {spec.source!r}, whose labels are not the task's, is true"
@@ -149,9 +142,7 @@ def _proxy(scenario: Scenario) -> None:
 def _models(scenario: Scenario) -> None:
     student = scenario.models.student
     if not student:
-        raise ScenarioError(
-            f"must name at least one model, is {student!r}", key="models.student", hint='such as "cnn"'
-        )
+        raise ScenarioError(f"must name at least one model, is {student!r}", key="models.student", hint='such as "cnn"')
     if isinstance(student, dict) and (min(student.values()) < 0 or sum(student.values()) <= 0):
         raise ScenarioError(f"shares must be >= 0 and not all 0, are {student!r}", key="models.student")
     errors = []
@@ -163,18 +154,14 @@ def _models(scenario: Scenario) -> None:
     raise_all(errors)
     if scenario.models.pretrained and not Path(scenario.models.pretrained).expanduser().is_file():
         problem = f"there is no file {scenario.models.pretrained!r}"
-        raise ScenarioError(
-            problem, key="models.pretrained", hint="a safetensors file; empty = random weights"
-        )
+        raise ScenarioError(problem, key="models.pretrained", hint="a safetensors file; empty = random weights")
 
 
 def _strategy(scenario: Scenario) -> None:
     strategy = plugins.make_strategy(scenario)
     archs = students(scenario)
     if len(archs) > 1 and not getattr(strategy, "heterogeneous", True):
-        problem = (
-            f"{scenario.strategy.name} needs one model for all clients, the scenario has {', '.join(archs)}"
-        )
+        problem = f"{scenario.strategy.name} needs one model for all clients, the scenario has {', '.join(archs)}"
         raise ScenarioError(problem, key="models.student", hint="name one model, or use feddf, dsfl or fd")
 
 
@@ -196,6 +183,17 @@ def _batches(scenario: Scenario) -> None:
     if scenario.models.norm == "batch" and scenario.client.batch_size == 1:
         hint = 'use client.batch_size >= 2, or models.norm = "group"'
         raise ScenarioError("BatchNorm cannot train on batches of 1", key="client.batch_size", hint=hint)
+
+
+def _buffers(scenario: Scenario) -> None:
+    stays_home = scenario.models.norm == "batch" and scenario.models.buffers == "params_only"
+    shares = getattr(plugins.strategy_class(scenario.strategy.name), "shares_weights", True)
+    if stays_home and shares and scenario.proxy.source == "none":
+        raise ScenarioError(
+            "the running statistics of BatchNorm stay on the clients, and the server has no data to estimate its own",
+            key="models.buffers",
+            hint='add [proxy] with source = "held-out", or use buffers = "all" or norm = "group"',
+        )
 
 
 def _device(scenario: Scenario) -> None:

@@ -19,12 +19,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedkd import __version__
-from fedkd.errors import FedKDError, RunError, ScenarioError
-from fedkd.scenario import did_you_mean, errors_in, find, load, shipped
+from fedkd.errors import FedKDError, RunError, ScenarioError, errors_in
+from fedkd.scenario_file import find, load, shipped
+from fedkd.wording import did_you_mean
 
 if TYPE_CHECKING:
     from fedkd.data.federation import Federation
-    from fedkd.scenario import Document
+    from fedkd.scenario_file import Document
     from fedkd.sweep import Cell
 
 app = typer.Typer(
@@ -143,9 +144,7 @@ def run(
 
 @app.command()
 def resume(
-    folder: Annotated[
-        Path, typer.Argument(help="Folder of an interrupted run, such as runs/quickstart/1a2b3c4d.")
-    ],
+    folder: Annotated[Path, typer.Argument(help="Folder of an interrupted run, such as runs/quickstart/1a2b3c4d.")],
     cache: CacheOption = None,
 ) -> None:
     """Go on with an interrupted run, to the same results as without the interruption."""
@@ -164,9 +163,7 @@ def validate(scenario: ScenarioArgument, set_: SetOption = None, cache: CacheOpt
     document, cells = _checked(scenario, set_ or [], cache)
     names = "; ".join(dict.fromkeys(cell.title for cell in cells))
     count = "one cell" if len(cells) == 1 else f"{len(cells)} cells"
-    console.print(
-        f"{escape(document.file)}: valid, {count}: {escape(names)}", highlight=False, soft_wrap=True
-    )
+    console.print(f"{escape(document.file)}: valid, {count}: {escape(names)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -269,26 +266,20 @@ KINDS: dict[str, Callable[[], dict[str, str]]] = {
 
 @app.command("list")
 def list_(
-    kind: Annotated[
-        str, typer.Argument(metavar="[" + "|".join(KINDS) + "]", help="What to list; all if empty.")
-    ] = "",
+    kind: Annotated[str, typer.Argument(metavar="[" + "|".join(KINDS) + "]", help="What to list; all if empty.")] = "",
 ) -> None:
     """List strategies, scenarios, models, data sets, partitioners or losses."""
     if kind and kind not in KINDS:
         raise ScenarioError(f"cannot list {kind!r}", hint=did_you_mean(kind, KINDS))
     for title in [kind] if kind else ["strategies", "scenarios"]:
-        table = Table(
-            title=None if kind else title, title_justify="left", box=None, show_header=False, pad_edge=False
-        )
+        table = Table(title=None if kind else title, title_justify="left", box=None, show_header=False, pad_edge=False)
         table.add_column(no_wrap=True, style="bold")
         table.add_column(overflow="fold")
         for name, line in KINDS[title]().items():
             table.add_row(escape(name), escape(line))
         console.print(table)
     if not kind:
-        console.print(
-            "\nfedkd list models | datasets | partitioners | losses; fedkd describe NAME", markup=False
-        )
+        console.print("\nfedkd list models | datasets | partitioners | losses; fedkd describe NAME", markup=False)
     elif kind == "strategies":
         console.print("\nand flwr:NAME for Flower's own, module:attribute for yours", markup=False)
 
@@ -300,9 +291,7 @@ def describe(
     """Tell what a strategy does, sends, requires and can be set to; or what a model, loss, … is."""
     from fedkd import plugins
 
-    if name in plugins.strategy_names() or (
-        ":" in name and not name.startswith(("npz:", "torchvision:", "hub:"))
-    ):
+    if name in plugins.strategy_names() or (":" in name and not name.startswith(("npz:", "torchvision:", "hub:"))):
         _describe_strategy(name, plugins.strategy_class(name))
         return
     if name in shipped():
@@ -371,9 +360,7 @@ def _describe_strategy(name: str, cls: Any) -> None:
 @new.command("strategy")
 def new_strategy(
     name: Annotated[str, typer.Argument(help="Name of the strategy, such as my_method.")],
-    folder: Annotated[
-        Path | None, typer.Option(help="Folder of the new package; the name, here, if empty.")
-    ] = None,
+    folder: Annotated[Path | None, typer.Option(help="Folder of the new package; the name, here, if empty.")] = None,
 ) -> None:
     """Write a package with a working strategy (both halves), a scenario, and a test that passes."""
     taken = {"test", "tests", "strategies", "scenarios", "fedkd", *sys.stdlib_module_names}
@@ -399,9 +386,7 @@ def new_strategy(
         for path, text in files.items():
             path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ScenarioError(
-            f"cannot write to {target}: {error.strerror}", hint="choose another --folder"
-        ) from None
+        raise ScenarioError(f"cannot write to {target}: {error.strerror}", hint="choose another --folder") from None
     for path in files:
         console.print(str(path), markup=False, highlight=False, soft_wrap=True)
     steps = {

@@ -1,5 +1,10 @@
 """Errors that are meant to be read by people: what was wrong, where, and what to do."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 
 class FedKDError(Exception):
     """Base of every error that the command line prints as one message, without a traceback."""
@@ -45,3 +50,26 @@ class KnowledgeError(FedKDError):
 
 class RunError(FedKDError):
     """A run failed; what it had finished stays on disk and can be resumed."""
+
+
+@contextmanager
+def errors_in(file: str) -> Iterator[None]:
+    """Put the file's name into scenario errors raised inside that do not know it."""
+    try:
+        yield
+    except ScenarioError as error:
+        error.file = error.file or file
+        raise
+
+
+def raise_all(errors: Iterable[ScenarioError]) -> None:
+    """Raise errors as one: none raises nothing, one raises itself, several become a list, one per line."""
+    found = list(errors)
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        lines = [
+            "  " + (f"{e.key}: " if e.key else "") + e.problem + (f"  [{' '.join(e.hint.split())}]" if e.hint else "")
+            for e in found
+        ]
+        raise ScenarioError("\n".join([f"{len(found)} settings are wrong", *lines]))

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from fedkd.scenario import Scenario, load
+from fedkd.errors import ScenarioError
+from fedkd.scenario import Scenario
+from fedkd.scenario_file import load
 from fedkd.sweep import expand
 
 
@@ -33,4 +35,9 @@ def _load(name: str, overrides: str, cell: int) -> Scenario:
     document = load(name, [item.strip() for item in overrides.split(";") if item.strip()])
     if document.sweep is None:
         return document.scenario
-    return expand(document)[cell].scenario
+    cells = expand(document)
+    if not 0 <= cell < len(cells):
+        raise ScenarioError(
+            f"there is no cell {cell}", key="cell", file=document.file, hint=f"0 to {len(cells) - 1} are there"
+        )
+    return cells[cell].scenario

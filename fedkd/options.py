@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fedkd.errors import ScenarioError
-from fedkd.scenario import did_you_mean
+from fedkd.wording import allowed, did_you_mean
 
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -53,6 +53,10 @@ def check_options(
     Traceback (most recent call last):
     fedkd.errors.ScenarioError: client.terms: loss 'x' has no option 'layr'
       did you mean 'layer'? options: layer, margin
+    >>> check_options(loss, {"margin": "wide"}, key="client.terms", owner="loss 'x'")
+    Traceback (most recent call last):
+    fedkd.errors.ScenarioError: client.terms: loss 'x': margin must be a number, is 'wide'
+      Default: 1.0.
     """
     parameters = inspect.signature(function).parameters.values()
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -76,6 +80,7 @@ def _checked(parameter: inspect.Parameter, value: Any, key: str, owner: str) -> 
     try:
         # As JSON, because TOML's lists must do for tuples, too.
         return TypeAdapter(parameter.annotation, config=_STRICT).validate_json(json.dumps(value, default=str))
-    except ValidationError as error:
-        problem = error.errors()[0]["msg"]
-        raise ScenarioError(f"{owner}: {parameter.name} = {value!r}: {problem}", key=key) from None
+    except ValidationError:
+        hint = "" if parameter.default is parameter.empty else f"Default: {parameter.default!r}."
+        problem = f"{owner}: {parameter.name} must be {allowed(parameter.annotation)}, is {value!r}"
+        raise ScenarioError(problem, key=key, hint=hint) from None

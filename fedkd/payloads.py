@@ -7,9 +7,10 @@ scalar metrics. On the wire every payload is one ``ArrayRecord`` named after its
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, cast, runtime_checkable
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,39 +22,46 @@ from fedkd.errors import KnowledgeError
 METRICS = "metrics"
 CONFIG = "config"
 NUM_EXAMPLES = "num-examples"
+MAX_METRIC = 1e300  # sums over clients stay finite
 State = dict[str, Tensor]
 
 
-@runtime_checkable
-class Payload(Protocol):
+P = TypeVar("P", bound="Payload")
+
+
+class Payload(ABC):
     """What every kind of payload can do."""
 
-    @property
-    def kind(self) -> str:
-        """Name of the payload in a message."""
-        ...
+    kind: str
+    """Name of the payload in a message."""
 
     @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes of the arrays as they travel."""
-        ...
 
+    @abstractmethod
     def arrays(self) -> dict[str, np.ndarray]:
         """Arrays as they travel."""
-        ...
 
+    @abstractmethod
     def meta(self) -> dict[str, Any]:
         """Scalars and strings as they travel."""
-        ...
 
 
 def _finite(values: Tensor, what: str) -> None:
-    if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+    if not bool(torch.isfinite(values).all()):
         raise KnowledgeError(f"{what} holds NaN or infinite numbers")
 
 
+def _float32(values: Tensor, what: str) -> None:
+    if values.dtype != torch.float32:
+        raise KnowledgeError(f"wrong type: {what} are {values.dtype}, not torch.float32")
+    _finite(values, what)
+
+
 @dataclass(frozen=True)
-class Weights:
+class Weights(Payload):
     """A model's state. Bytes: 4 a float32 scalar, 8 an integer buffer (``num_batches_tracked``).
 
     Parameters
@@ -115,7 +123,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class ProxyOutputs:
+class ProxyOutputs(Payload):
     """Outputs of a model on samples of the proxy set. Bytes: 4·n·C, and 4·n for the sample ids.
 
     Parameters
@@ -131,7 +139,7 @@ class ProxyOutputs:
     ids: Tensor
     values: Tensor
     space: str
-    kind: ClassVar[str] = "proxy-outputs"
+    kind: str = "proxy-outputs"
 
     @property
     def nbytes(self) -> int:
@@ -178,7 +186,7 @@ class ProxyOutputs:
             raise KnowledgeError("wrong sample ids: not the ones that were asked for")
         if self.values.shape != (len(ids), num_classes):
             raise KnowledgeError(f"wrong shape: {tuple(self.values.shape)}, not {(len(ids), num_classes)}")
-        _finite(self.values, "outputs")
+        _float32(self.values, "outputs")
         if space == "probs":
             total = self.values.sum(dim=1)
             if bool((self.values < 0).any()) or bool(((total - 1).abs() > 1e-3).any()):
@@ -186,7 +194,7 @@ class ProxyOutputs:
 
 
 @dataclass(frozen=True)
-class ClassOutputs:
+class ClassOutputs(Payload):
     """Mean output for each true class. Bytes: 4·C² and 4·C for the counts.
 
     Parameters
@@ -202,7 +210,7 @@ class ClassOutputs:
     means: Tensor
     counts: Tensor
     space: str
-    kind: ClassVar[str] = "class-outputs"
+    kind: str = "class-outputs"
 
     @property
     def nbytes(self) -> int:
@@ -245,8 +253,8 @@ class ClassOutputs:
                 f"wrong classes: table {tuple(self.means.shape)} and counts {tuple(self.counts.shape)} "
                 f"for {num_classes} classes"
             )
-        _finite(self.means, "class means")
-        _finite(self.counts, "class counts")
+        _float32(self.means, "class means")
+        _float32(self.counts, "class counts")
         if bool((self.counts < 0).any()):
             raise KnowledgeError("negative class counts")
         if space == "probs":
@@ -256,7 +264,7 @@ class ClassOutputs:
 
 
 @dataclass(frozen=True)
-class Request:
+class Request(Payload):
     """Samples of the proxy set that the server asks outputs for. Bytes: 4·n.
 
     Parameters
@@ -266,7 +274,7 @@ class Request:
     """
 
     ids: Tensor
-    kind: ClassVar[str] = "request"
+    kind: str = "request"
 
     @property
     def nbytes(self) -> int:
@@ -322,8 +330,8 @@ class Knowledge:
     Examples
     --------
     >>> up = Knowledge.of(Request(torch.arange(5)), num_examples=3)
-    >>> up["request"].nbytes, up.nbytes, "weights" in up
-    (20, {'request': 20}, False)
+    >>> up.nbytes, "weights" in up
+    ({'request': 20}, False)
     """
 
     payloads: dict[str, Any] = field(default_factory=dict)
@@ -331,9 +339,7 @@ class Knowledge:
     metrics: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, *payloads: Payload, num_examples: int = 0, metrics: Mapping[str, float] | None = None
-    ) -> Knowledge:
+    def of(cls, *payloads: Payload, num_examples: int = 0, metrics: Mapping[str, float] | None = None) -> Knowledge:
         """Collect payloads under their kinds."""
         return cls({p.kind: p for p in payloads}, num_examples, dict(metrics or {}))
 
@@ -343,17 +349,33 @@ class Knowledge:
     def __iter__(self) -> Iterator[Any]:
         return iter(self.payloads.values())
 
-    def __getitem__(self, kind: str) -> Any:
+    def get(self, payload: type[P], kind: str = "") -> P:
         """Return a payload.
+
+        Parameters
+        ----------
+        payload : type
+            Its class.
+        kind : str
+            Its kind; empty = the usual one of the class.
 
         Raises
         ------
         KnowledgeError
-            The message does not carry it.
+            The message does not carry it, or carries something else under this name.
+
+        Examples
+        --------
+        >>> Knowledge.of(Request(torch.arange(5))).get(Request).nbytes
+        20
         """
+        kind = kind or payload.kind
         if kind not in self.payloads:
             raise KnowledgeError(f"no {kind} in the message, only {sorted(self.payloads) or 'nothing'}")
-        return self.payloads[kind]
+        found = self.payloads[kind]
+        if not isinstance(found, payload):
+            raise KnowledgeError(f"{kind} is a {type(found).__name__}, not a {payload.__name__}")
+        return found
 
     @property
     def nbytes(self) -> dict[str, int]:
@@ -379,7 +401,7 @@ class Knowledge:
         Raises
         ------
         KnowledgeError
-            A payload of unknown type, or one that lacks an array.
+            A payload of unknown type or one that cannot be read, a count that is none, a metric that is not finite.
         """
         payloads: dict[str, Any] = {}
         for kind, arrays in records.array_records.items():
@@ -389,11 +411,14 @@ class Knowledge:
                 raise KnowledgeError(f"payload {kind!r} is of unknown type {name!r}")
             try:
                 payloads[kind] = KINDS[name].read(kind, {k: v.numpy() for k, v in arrays.items()}, meta)
-            except (KeyError, ValueError, TypeError) as error:
-                raise KnowledgeError(f"payload {kind!r} cannot be read: {error}") from error
+            except Exception as error:  # whatever a stranger's bytes may cause
+                reason = f"payload {kind!r} cannot be read: {type(error).__name__}: {error}"
+                raise KnowledgeError(reason) from error
         metrics = dict(records.metric_records.get(METRICS, MetricRecord()))
         count = metrics.pop(NUM_EXAMPLES, 0)
-        if not isinstance(count, int) or count < 0:
-            raise KnowledgeError(f"num-examples is {count!r}, not a count")
-        scalars = {name: float(cast(float, v)) for name, v in metrics.items() if not isinstance(v, list)}
-        return cls(payloads, count, scalars)
+        if not isinstance(count, int) or not 0 <= count < 2**53:
+            raise KnowledgeError("num-examples is not a count")
+        for name, value in metrics.items():
+            if isinstance(value, list) or not -MAX_METRIC <= value <= MAX_METRIC:
+                raise KnowledgeError(f"metric {name!r} is not a finite number")
+        return cls(payloads, count, {name: float(cast(float, value)) for name, value in metrics.items()})

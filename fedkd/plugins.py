@@ -25,8 +25,9 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation, PydanticUserError
 
-from fedkd.errors import ScenarioError
-from fedkd.scenario import Scenario, allowed, did_you_mean, raise_all
+from fedkd.errors import ScenarioError, raise_all
+from fedkd.scenario import Scenario
+from fedkd.wording import allowed, did_you_mean
 
 GROUP = "fedkd.strategies"
 BUILT_IN = "strategies"  # the package of built-in strategies, beside this one
@@ -187,9 +188,7 @@ def _only_strategy_in(module: types.ModuleType, name: str) -> type:
     ]
     named = [value for value in candidates if value.__name__.lower() == name.replace("_", "")]
     if len(named or candidates) != 1:
-        raise ScenarioError(
-            f"module {module.__name__} does not hold exactly one strategy", key="strategy.name"
-        )
+        raise ScenarioError(f"module {module.__name__} does not hold exactly one strategy", key="strategy.name")
     return (named or candidates)[0]
 
 
@@ -203,9 +202,7 @@ def summaries() -> dict[str, str]:
     points = _entry_points()
     lines = {}
     for name in strategy_names():
-        module, _, attribute = (
-            points[name].value.partition(":") if name in points else (f"{BUILT_IN}.{name}", "", "")
-        )
+        module, _, attribute = points[name].value.partition(":") if name in points else (f"{BUILT_IN}.{name}", "", "")
         lines[name] = _first_line(module, attribute, name)
     return lines
 
@@ -213,11 +210,7 @@ def summaries() -> dict[str, str]:
 def _first_line(module: str, attribute: str, name: str) -> str:
     try:
         spec = importlib.util.find_spec(module)
-        tree = (
-            ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-            if spec and spec.origin
-            else ast.Module([], [])
-        )
+        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8")) if spec and spec.origin else ast.Module([], [])
     except (ImportError, OSError, SyntaxError, ValueError) as error:
         return f"(cannot be read: {error})"
     wanted = (attribute or name).lower()
@@ -309,9 +302,7 @@ def make_strategy(scenario: Scenario) -> Any:
         try:
             if key not in known:
                 hint = did_you_mean(key, [*known, "name", "preset"], f"hyper-parameters of {name}")
-                raise ScenarioError(
-                    f"{name} has no hyper-parameter {key!r}", key=f"strategy.{key}", hint=hint
-                )
+                raise ScenarioError(f"{name} has no hyper-parameter {key!r}", key=f"strategy.{key}", hint=hint)
             values[key] = _value(known[key], value)
         except ScenarioError as error:
             errors.append(error)
@@ -361,9 +352,7 @@ def _value(hyper: Hyper, value: Any) -> Any:
         fits = False
     if not fits:
         hint = hyper.help + ("" if hyper.default is MISSING else f" Default: {hyper.default!r}.")
-        raise ScenarioError(
-            f"must be {hyper.allowed}, is {value!r}", key=f"strategy.{hyper.name}", hint=hint.strip()
-        )
+        raise ScenarioError(f"must be {hyper.allowed}, is {value!r}", key=f"strategy.{hyper.name}", hint=hint.strip())
     return value
 
 

@@ -15,42 +15,42 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import re
 import shutil
-import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fedkd import checkpoint, plugins
+from fedkd.checks import check, check_data
 from fedkd.client.handlers import make_app
 from fedkd.data.federation import Federation, build_federation
+from fedkd.data.local import find_file
 from fedkd.engine import InlineGrid, Nodes, RayGrid
 from fedkd.engine.grid import SimulationGrid
+from fedkd.environment import environment
 from fedkd.errors import FedKDError, RunError, ScenarioError
 from fedkd.files import write_atomic
-from fedkd.scenario import Scenario, check, check_data, digest, dump, load
-from fedkd.server.runtime import Event, ServerRuntime
+from fedkd.scenario import Scenario, digest
+from fedkd.scenario_file import dump, load
+from fedkd.server.runtime import LIVE_ONLY, Event, ServerRuntime
 from fedkd.server.strategy import DistillationStrategy
-from fedkd.students import keep_freed_memory, pick_device
+from fedkd.students import keep_freed_memory
+from fedkd.threads import cores
 
 if TYPE_CHECKING:
     from fedkd.sweep import Cell
 
-ACCURACY_AFTER = (1, 5, 10, 20, 50, 100)  # rounds at which summaries quote the accuracy
-_LIVE_ONLY = {"started", "reply"}  # events for progress bars, not for metrics.jsonl
+ACCURACY_AFTER = (10, 50, 100)  # rounds at which summaries quote the accuracy
 
 
 class RunInterrupted(KeyboardInterrupt):
@@ -177,6 +177,11 @@ def execute(
         error.file = error.file or file
         raise
     folder = _folder(scenario, out, fresh)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"results cannot be written to {folder}: {error.strerror}"
+        raise ScenarioError(problem, key="--out", hint="name another folder with --out") from error
     if (folder / "summary.json").exists():
         result = Result(folder, json.loads((folder / "summary.json").read_text()), skipped=True)
         listener.run_ended(result)
@@ -270,10 +275,26 @@ def shared_engine(scenario: Scenario) -> Iterator[None]:
         ray.shutdown()
 
 
+def resolve(scenario: Scenario) -> Scenario:
+    """Fill in what depends on this machine: the server's threads, and where files are, as absolute paths."""
+    system, data, proxy = scenario.system, scenario.data, scenario.proxy
+    if not system.server_threads:
+        system = system.model_copy(update={"server_threads": cores()})
+    folder = str(Path(data.folder).expanduser().absolute()) if data.folder else os.environ.get("FEDKD_DATA", "")
+    data = data.model_copy(update={"source": _absolute(data.source, data.folder), "folder": folder})
+    proxy = proxy.model_copy(update={"source": _absolute(proxy.source, data.folder)})
+    return scenario.model_copy(update={"system": system, "data": data, "proxy": proxy})
+
+
+def _absolute(source: str, folder: str) -> str:
+    kind, _, name = source.partition(":")
+    return f"npz:{find_file(name, folder)}" if kind == "npz" else source
+
+
 def workers_of(scenario: Scenario) -> int:
     """Return the number of worker processes: as set, else four a GPU, else one a core."""
     gpus = torch.cuda.device_count() if scenario.system.device != "cpu" else 0
-    return scenario.system.workers or (4 * gpus if gpus else os.cpu_count() or 1)
+    return scenario.system.workers or (4 * gpus if gpus else cores())
 
 
 def make_grid(scenario: Scenario, federation: Federation) -> SimulationGrid:
@@ -289,9 +310,7 @@ def make_grid(scenario: Scenario, federation: Federation) -> SimulationGrid:
     workers = workers_of(scenario)
     gpus = torch.cuda.device_count() if scenario.system.device != "cpu" else 0
     share = scenario.system.gpu_fraction or gpus / workers
-    return RayGrid(
-        app_factory, nodes, workers=workers, gpus_per_worker=share, address=scenario.system.address
-    )
+    return RayGrid(app_factory, nodes, workers=workers, gpus_per_worker=share, address=scenario.system.address)
 
 
 def read_metrics(folder: Path) -> list[Event]:
@@ -307,7 +326,7 @@ def read_metrics(folder: Path) -> list[Event]:
         except json.JSONDecodeError:
             continue
         if event["event"] == "resumed":
-            events = [e for e in events if e.get("round", 0) <= event["after_round"]]
+            events = [e for e in events if e.get("round", 0) <= event["after_round"] > 0]
         events.append(event)
     return events
 
@@ -335,21 +354,22 @@ def _run(
 ) -> Result:
     logging.getLogger("flwr").setLevel(logging.WARNING)
     keep_freed_memory()
-    if not scenario.system.server_threads:
-        threads = os.cpu_count() or 1
-        system = scenario.system.model_copy(update={"server_threads": threads})
+    scenario = resolve(scenario)
+    if (folder / "scenario.toml").exists():  # results depend on the number of threads: it stays what it was
+        recorded = load(str(folder / "scenario.toml")).scenario.system.server_threads
+        system = scenario.system.model_copy(update={"server_threads": recorded})
         scenario = scenario.model_copy(update={"system": system})
-    folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "scenario.toml", dump(scenario).encode())
-    write_atomic(folder / "environment.json", json.dumps(environment(scenario), indent=2).encode())
-    saved = _last_checkpoint(folder)
-    tree = checkpoint.load(saved) if saved else None
+    workers = 0 if scenario.system.engine == "inline" else workers_of(scenario)
+    write_atomic(folder / "environment.json", json.dumps(environment(scenario, workers), indent=2).encode())
+    tree = _last_checkpoint(folder)
     began, spent = time.perf_counter(), float(tree["seconds"]) if tree else 0.0
-    with (folder / "metrics.jsonl").open("a") as log:
+    _drop_partial_line(folder / "metrics.jsonl")
+    with _locked(folder), (folder / "metrics.jsonl").open("a") as log:
 
         def write(event: Event) -> None:
-            if event["event"] not in _LIVE_ONLY:
-                log.write(json.dumps(event) + "\n")
+            if event["event"] not in LIVE_ONLY:
+                log.write(json.dumps(event, allow_nan=False) + "\n")
                 log.flush()
             listener.event(event)
 
@@ -375,10 +395,8 @@ def _run(
             seconds = spent + time.perf_counter() - began
             summary = summarise(folder, scenario, strategy, server, federation, seconds)
             for name, state in strategy.students.items():
-                stem = (
-                    "model" if len(strategy.students) == 1 else f"model-{re.sub(r'[^A-Za-z0-9]+', '-', name)}"
-                )
-                _write_model(folder / f"{stem}.safetensors", state, name)
+                stem = "model" if len(strategy.students) == 1 else f"model-{re.sub(r'[^A-Za-z0-9]+', '-', name)}"
+                _write_model(folder / f"{stem}.safetensors", server.complete(name, state), name)
             write_atomic(folder / "summary.json", json.dumps(summary, indent=2).encode())
         except KeyboardInterrupt:
             write({"event": "interrupted", "round": strategy.__dict__.get("round", 0)})
@@ -432,8 +450,7 @@ def summarise(
         "bytes_down": dict(server.traffic["down"]),
         "seconds": round(seconds, 3),
         "seconds_by_verb": {
-            verb: round(sum(e["seconds"][verb] for e in rounds), 3)
-            for verb in ("train", "distill", "evaluate")
+            verb: round(sum(e["seconds"][verb] for e in rounds), 3) for verb in ("train", "distill", "evaluate")
         },
         "refused": sum(e["event"] == "refused" for e in events),
         "skew": {
@@ -442,43 +459,6 @@ def summarise(
         },
         "curve": [[r, measured[r]["accuracy"]] for r in sorted(measured)],
     }
-
-
-def environment(scenario: Scenario) -> dict[str, Any]:
-    """Return versions, machine kind and git commit; never host names, users or paths."""
-    packages = ("fedkd", "flwr", "flwr-datasets", "torch", "torchvision", "ray", "numpy", "scikit-learn")
-    versions = {}
-    for name in packages:
-        try:
-            versions[name] = version(name)
-        except Exception:
-            versions[name] = None
-    device = pick_device(scenario.system.device)
-    return {
-        "python": platform.python_version(),
-        "packages": versions,
-        "platform": platform.platform(terse=True),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "engine": scenario.system.engine,
-        "workers": 0 if scenario.system.engine == "inline" else workers_of(scenario),
-        "threads_per_client": 1,
-        "server_threads": scenario.system.server_threads,
-        "trainer": "sequential",
-        "git_commit": _git_commit(),
-        "command": Path(sys.argv[0]).name,
-    }
-
-
-def _git_commit() -> str | None:
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, cwd=Path(__file__).parent
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None if found.returncode == 0 else None
 
 
 def _write_model(path: Path, state: Mapping[str, torch.Tensor], arch: str) -> None:
@@ -490,15 +470,23 @@ def _write_model(path: Path, state: Mapping[str, torch.Tensor], arch: str) -> No
 # --- checkpoints ---------------------------------------------------------------------------------------------
 
 
-def _last_checkpoint(folder: Path) -> Path | None:
-    found = sorted((folder / "checkpoints").glob("round-*"))
-    return found[-1] if found else None
+def _last_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """Return the last checkpoint that can be read; the one before is kept for a crash in the middle of writing."""
+    found = sorted((folder / "checkpoints").glob("round-*"), reverse=True)
+    for path in found:
+        try:
+            return checkpoint.load(path)
+        except (OSError, ValueError, SafetensorError) as error:
+            logging.getLogger("fedkd").warning("checkpoint %s cannot be read (%s)", path.name, error)
+    if found:
+        raise RunError(f"no checkpoint in {folder / 'checkpoints'} can be read\n  start anew with: fedkd run … --fresh")
+    return None
 
 
 def _save(
     folder: Path, strategy: DistillationStrategy, server: ServerRuntime, grid: SimulationGrid, seconds: float
 ) -> None:
-    """Write a checkpoint under a temporary name, rename it, and only then remove the one before."""
+    """Write a checkpoint under a temporary name and rename it; keep the one before, remove older ones."""
     root = folder / "checkpoints"
     final = root / f"round-{strategy.round:06d}"
     temporary = root / f".{final.name}.tmp"
@@ -509,14 +497,43 @@ def _save(
         "seconds": seconds,
         "traffic": {way: dict(kinds) for way, kinds in server.traffic.items()},
         "strategy": strategy.state_dict(),
-        "clients": {str(p): _records_to_tree(records) for p, records in grid.state_dict().items()},
+        "clients": {str(p): checkpoint.records_to_tree(records) for p, records in grid.state_dict().items()},
     }
     checkpoint.save(tree, temporary)
-    older = [path for path in root.glob("round-*") if path != final]
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
-    for path in older:
+    for path in sorted(root.glob("round-*"))[:-2]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _drop_partial_line(path: Path) -> None:
+    """Remove a last line that a crash cut off, so that the next event does not continue it."""
+    if path.exists():
+        text = path.read_bytes()
+        if text and not text.endswith(b"\n"):
+            write_atomic(path, text[: text.rfind(b"\n") + 1])
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a run's folder for this process.
+
+    Raises
+    ------
+    RunError
+        Another process is running it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"another process is at work in {folder}") from None
+        yield
 
 
 def _restore(
@@ -525,33 +542,4 @@ def _restore(
     strategy.load_state_dict(tree["strategy"])
     for way, kinds in tree["traffic"].items():
         server.traffic[way].update(kinds)
-    grid.load_state_dict({int(p): _tree_to_records(records) for p, records in tree["clients"].items()})
-
-
-def _records_to_tree(records: RecordDict) -> dict[str, Any]:
-    """Return a client's Flower state as a tree: arrays as tensors, metrics and configs as they are."""
-    tree: dict[str, Any] = {"arrays": {}, "metrics": {}, "configs": {}}
-    for name, arrays in records.array_records.items():
-        tree["arrays"][name] = {k: torch.from_numpy(a.numpy().copy()) for k, a in arrays.items()}
-    for name, metrics in records.metric_records.items():
-        tree["metrics"][name] = {k: list(v) if isinstance(v, list) else v for k, v in metrics.items()}
-    for name, config in records.config_records.items():
-        tree["configs"][name] = {
-            k: {"bytes": checkpoint.bytes_to_tensor(v)} if isinstance(v, bytes) else v
-            for k, v in config.items()
-        }
-    return tree
-
-
-def _tree_to_records(tree: Mapping[str, Any]) -> RecordDict:
-    records = RecordDict()
-    for name, arrays in tree["arrays"].items():
-        records[name] = ArrayRecord({k: Array(t.numpy()) for k, t in arrays.items()})
-    for name, metrics in tree["metrics"].items():
-        records[name] = MetricRecord(metrics)
-    for name, config in tree["configs"].items():
-        values = {
-            k: checkpoint.tensor_to_bytes(v["bytes"]) if isinstance(v, dict) else v for k, v in config.items()
-        }
-        records[name] = ConfigRecord(values)
-    return records
+    grid.load_state_dict({int(p): checkpoint.tree_to_records(records) for p, records in tree["clients"].items()})

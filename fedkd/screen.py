@@ -34,17 +34,13 @@ def print_federation(console: Console, scenario: Scenario, federation: Federatio
     """
     spec = scenario.partition
     alpha = "" if spec.alpha is None else f" alpha {spec.alpha:g}"
-    title = (
-        f"{scenario.data.source}, {spec.name}{alpha}, seed {scenario.run.seed}: samples per client and class"
-    )
+    title = f"{scenario.data.source}, {spec.name}{alpha}, seed {scenario.run.seed}: samples per client and class"
     console.print(partition_table(federation.counts, federation.dataset.classes, title=title))
     sizes, proxy, skew = federation.sizes, federation.proxy, federation.skew
     empty = federation.num_clients - len(federation.eligible)
     rows = {
         "training samples per client": f"{sizes.min()} to {sizes.max()}"
-        + (
-            f"; {empty} of {federation.num_clients} clients have none and are never selected" if empty else ""
-        ),
+        + (f"; {empty} of {federation.num_clients} clients have none and are never selected" if empty else ""),
         "Jensen-Shannon divergence": f"{skew.jensen_shannon:.3f} (0 = IID, at most 1)",
         "effective classes per client": f"{skew.effective_classes:.2f} of {federation.num_classes}",
         "proxy set": "none" if proxy is None else f"{len(proxy)} samples, {proxy.source}",
@@ -102,9 +98,7 @@ class Screen(Listener):
             print_federation(self.console, scenario, federation)
         title = self.titles.get(_key(scenario), scenario.label or scenario.strategy.name)
         self.accuracy = ""
-        self.task = self.progress.add_task(
-            title, total=scenario.run.rounds, completed=done, status="starting"
-        )
+        self.task = self.progress.add_task(title, total=scenario.run.rounds, completed=done, status="starting")
 
     def event(self, event: dict[str, Any]) -> None:
         """Move the bar."""
@@ -162,9 +156,7 @@ class Screen(Listener):
 
 def _key(scenario: Scenario) -> str:
     """Return what identifies a scenario even after the run has filled in the number of server threads."""
-    return json.dumps(
-        [scenario.label, scenario.run.seed, scenario.model_dump(exclude={"system"})], sort_keys=True
-    )
+    return json.dumps([scenario.label, scenario.run.seed, scenario.model_dump(exclude={"system"})], sort_keys=True)
 
 
 def _with_seed(cell: Cell, cells: Sequence[Cell]) -> str:

@@ -56,7 +56,7 @@ def build_student(scenario: Scenario, dataset: Dataset, arch: str) -> nn.Module:
 
 
 def travelling(model: nn.Module, buffers: str) -> State:
-    """Return copies of the entries of a model's state that travel.
+    """Return the entries of a model's state that travel; they share the model's memory.
 
     Parameters
     ----------
@@ -65,12 +65,52 @@ def travelling(model: nn.Module, buffers: str) -> State:
     buffers : str
         ``all``, or ``params_only`` to leave running statistics at home.
     """
-    parameters = {name for name, _ in model.named_parameters()}
-    return {
-        name: tensor.detach().cpu().contiguous().clone()
-        for name, tensor in model.state_dict().items()
-        if buffers == "all" or name in parameters
-    }
+    if buffers == "all":
+        return dict(model.state_dict())
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def snapshot(state: Mapping[str, Tensor]) -> State:
+    """Return copies on the CPU, in the default memory layout."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+
+
+def reestimate_norms(
+    model: nn.Module,
+    data: ArrayData,
+    ids: Tensor,
+    *,
+    device: str | torch.device = "cpu",
+    batch_size: int = 128,
+    channels_last: bool = False,
+) -> None:
+    """Compute BatchNorm's running statistics afresh: their mean over batches of the samples, in order.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model, on `device`; left in evaluation mode. Without BatchNorm layers nothing happens.
+    data : ArrayData
+        Where the samples are.
+    ids : Tensor
+        Which samples, shape [n]; a last batch of one is left out.
+    device, batch_size, channels_last
+        As in `predict`.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [module.momentum for module in norms]
+    model.eval()
+    for module in norms:
+        module.train()
+        module.reset_running_stats()
+        module.momentum = None  # the cumulative mean, every batch weighing the same
+    with torch.no_grad():
+        for rows in ids.split(batch_size) if norms else ():
+            if len(rows) > 1:
+                model(data.gather(rows, device=device, channels_last=channels_last).x)
+    for module, momentum in zip(norms, momenta, strict=True):
+        module.momentum = momentum
+        module.eval()
 
 
 def has_batch_norm(model: nn.Module) -> bool:

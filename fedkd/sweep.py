@@ -17,14 +17,17 @@ last word in every cell.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from fedkd.errors import ScenarioError
-from fedkd.scenario import Document, Scenario, as_tables, assign, check, digest, errors_in, merge, parse
+from fedkd.errors import ScenarioError, errors_in
+from fedkd.parsing import as_tables, assign, merge, parse
+from fedkd.scenario import Scenario, digest
+from fedkd.scenario_file import Document
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,8 @@ class Cell:
     @property
     def title(self) -> str:
         """Label and grid values but the seed: one name for each line of a table or a figure."""
-        rest = {
-            key: value for key, value in self.values.items() if key not in ("case", "strategy", "run.seed")
-        }
-        return ", ".join(
-            [self.label, *(f"{key.rpartition('.')[2]} {_text(value)}" for key, value in rest.items())]
-        )
+        rest = {key: value for key, value in self.values.items() if key not in ("case", "strategy", "run.seed")}
+        return ", ".join([self.label, *(f"{key.rpartition('.')[2]} {_text(value)}" for key, value in rest.items())])
 
 
 def expand(document: Document, *, checked: bool = True) -> list[Cell]:
@@ -62,9 +61,9 @@ def expand(document: Document, *, checked: bool = True) -> list[Cell]:
     Parameters
     ----------
     document : Document
-        As `fedkd.scenario.load` returns it.
+        As `fedkd.scenario_file.load` returns it.
     checked : bool
-        Whether each cell goes through `fedkd.scenario.check`.
+        Whether each cell goes through `fedkd.checks.check`.
 
     Returns
     -------
@@ -78,7 +77,7 @@ def expand(document: Document, *, checked: bool = True) -> list[Cell]:
 
     Examples
     --------
-    >>> from fedkd.scenario import read
+    >>> from fedkd.scenario_file import read
     >>> raw = {"sweep": {"strategy": ["fedavg", {"name": "feddf", "steps": 5}], "run.seed": [0, 1]}}
     >>> [(c.label, c.scenario.run.seed) for c in expand(read(raw), checked=False)]
     [('fedavg', 0), ('fedavg', 1), ('feddf steps 5', 0), ('feddf steps 5', 1)]
@@ -103,9 +102,14 @@ def expand(document: Document, *, checked: bool = True) -> list[Cell]:
                 seen[mark] = cell
                 if checked:
                     with _errors_at(repr(cell.title) if sweep else ""):
-                        check(cell.scenario)
+                        _check(cell.scenario)
                 cells.append(cell)
     return cells
+
+
+def _check(scenario: Scenario) -> None:
+    # By name, as the checks stand above this module; they import torch, which only those who check should wait for.
+    importlib.import_module("fedkd.checks").check(scenario)
 
 
 def _cell(document: Document, case: Mapping[str, Any], point: dict[str, Any]) -> Cell:

@@ -1,5 +1,5 @@
 """DS-FL: Itahara, Nishio, Koda, Morikura, Yamamoto, Distillation-Based Semi-Supervised Federated Learning for
-Communication-Efficient Collaborative Training with Non-IID Private Data, IEEE TMC 2023 (2008.06180), Algorithm 1.
+Communication-Efficient Collaborative Training with Non-IID Private Data, IEEE TMC 2023 (2008.06180).
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from fedkd.losses.response import kd
 from fedkd.payloads import Knowledge, ProxyOutputs, Request
 from fedkd.seeds import Purpose
 from fedkd.server.distiller import Distiller
-from fedkd.server.ensemble import Ensemble, Era, StoredMember, Targets
+from fedkd.server.ensemble import Ensemble
+from fedkd.server.members import StoredMember
 from fedkd.server.runtime import Upload
 from fedkd.server.strategy import DistillationStrategy
+from fedkd.server.targets import Targets
+from fedkd.server.transforms import Era
 
 if TYPE_CHECKING:
     from fedkd.client.student import Student
@@ -49,10 +52,10 @@ class OpenSetExchange(LocalTraining):
     def absorb(self, student: Student, knowledge: Knowledge) -> Aux:
         """Digest last round's sharpened labels, if there are any yet."""
         assert student.proxy is not None
-        request: Request = knowledge["request"]
+        request = knowledge.get(Request)
         request.check(len(student.proxy))
         if "proxy-outputs" in knowledge:
-            labels: ProxyOutputs = knowledge["proxy-outputs"]
+            labels = knowledge.get(ProxyOutputs)
             Request(labels.ids).check(len(student.proxy))
             labels.check(student.num_classes, labels.ids, "probs")
             trainer.digest(
@@ -68,7 +71,7 @@ class OpenSetExchange(LocalTraining):
     def share(self, student: Student) -> Knowledge:
         """Share probabilities on the requested samples."""
         assert student.proxy is not None
-        asked: Request = student.knowledge["request"]
+        asked = student.knowledge.get(Request)
         probs = student.predict(student.proxy.data, asked.ids).softmax(1)
         return Knowledge.of(ProxyOutputs(asked.ids, probs, "probs"), num_examples=student.num_examples)
 
@@ -88,9 +91,7 @@ class DSFL(DistillationStrategy):
     requires: ClassVar[frozenset[str]] = frozenset({"proxy"})
     heterogeneous: ClassVar[bool] = True
     travels_up: ClassVar[str] = "proxy-outputs: 4·|o_r|·C + 4·|o_r| (ids)"
-    travels_down: ClassVar[str] = (
-        "request: 4·|o_r| (ids); from round 2 on proxy-outputs: 4·|o_r|·C + 4·|o_r| (ids)"
-    )
+    travels_down: ClassVar[str] = "request: 4·|o_r| (ids); from round 2 on proxy-outputs: 4·|o_r|·C + 4·|o_r| (ids)"
     pitfalls: ClassVar[str] = "σ(p̄ / T) flattens flat means of many classes: retune T with C"
     shares_weights: ClassVar[bool] = False
     local = OpenSetExchange
@@ -125,12 +126,12 @@ class DSFL(DistillationStrategy):
 
     def check(self, upload: Upload) -> None:
         """Refuse outputs for other samples, of another size, or that are no distributions."""
-        outputs: ProxyOutputs = upload.knowledge["proxy-outputs"]
+        outputs = upload.knowledge.get(ProxyOutputs)
         outputs.check(self.server.federation.num_classes, self.asked, "probs")
 
     def fuse(self, uploads: Iterable[Upload]) -> None:
         """Average the clients' probabilities and sharpen the mean."""
-        outputs = (u.knowledge["proxy-outputs"] for u in uploads)
+        outputs = (u.knowledge.get(ProxyOutputs) for u in uploads)
         members = [StoredMember(o.ids, o.values, "probs") for o in outputs]
         sharpen = Era(self.temperature) if self.aggregation == "era" else None
         targets = Ensemble(members, space="probs", reduce="mean", transform=sharpen).targets(ids=self.asked)

@@ -38,7 +38,7 @@ class ClassMeans(LocalTraining):
                 "means": torch.zeros(classes, classes, device=student.device),
                 "present": torch.zeros(classes, device=student.device),
             }
-        table: ClassOutputs = knowledge["class-outputs"]
+        table = knowledge.get(ClassOutputs)
         table.check(classes, self.method.space)
         return {
             "means": table.means.to(student.device),
@@ -103,9 +103,7 @@ class FD(DistillationStrategy):
     heterogeneous: ClassVar[bool] = True
     travels_up: ClassVar[str] = "class-outputs: 4·C² + 4·C (counts)"
     travels_down: ClassVar[str] = "class-outputs: 4·C² + 4·C (counts), from round 2 on"
-    pitfalls: ClassVar[str] = (
-        "much weaker than FedAvg on its own; ports count from 1 or use raw logits as targets"
-    )
+    pitfalls: ClassVar[str] = "much weaker than FedAvg on its own; ports count from 1 or use raw logits as targets"
     shares_weights: ClassVar[bool] = False
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "code": {
@@ -121,9 +119,7 @@ class FD(DistillationStrategy):
         default="soft_ce", metadata={"help": "distance of outputs; the paper's is cross-entropy"}
     )
     space: Literal["probs", "logits"] = field(default="probs", metadata={"help": "what is averaged by class"})
-    leave_one_out: bool = field(
-        default=True, metadata={"help": "whether a client's own table is left out of its mean"}
-    )
+    leave_one_out: bool = field(default=True, metadata={"help": "whether a client's own table is left out of its mean"})
 
     def bind(self, server: Any) -> None:
         """Start without tables, and without a global model."""
@@ -140,13 +136,13 @@ class FD(DistillationStrategy):
 
     def check(self, upload: Upload) -> None:
         """Refuse tables of another size, space, or with numbers that are not finite."""
-        table: ClassOutputs = upload.knowledge["class-outputs"]
+        table = upload.knowledge.get(ClassOutputs)
         table.check(self.server.federation.num_classes, self.space)
 
     def fuse(self, uploads: Iterable[Upload]) -> None:
         """Keep the latest table of every client."""
         for upload in uploads:
-            self.tables[upload.partition_id] = upload.knowledge["class-outputs"]
+            self.tables[upload.partition_id] = upload.knowledge.get(ClassOutputs)
 
     def sums(self, tables: Iterable[ClassOutputs]) -> tuple[Tensor, Tensor]:
         """Return the sum of tables [C, C] and the number of clients that have each class [C], in float64."""
@@ -180,6 +176,4 @@ class FD(DistillationStrategy):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the base's state and the clients' tables."""
         super().load_state_dict(state)
-        self.tables = {
-            int(p): ClassOutputs(t["means"], t["counts"], self.space) for p, t in state["tables"].items()
-        }
+        self.tables = {int(p): ClassOutputs(t["means"], t["counts"], self.space) for p, t in state["tables"].items()}

@@ -46,9 +46,7 @@ class FedDF(FedAvg):
     batch_size: int = field(default=128, metadata={"ge": 1, "help": "proxy samples a step"})
     lr: float = field(default=1e-3, metadata={"gt": 0, "help": "Adam's learning rate, annealed by a cosine"})
     temperature: float = field(default=1.0, metadata={"gt": 0, "help": "softmax temperature"})
-    space: Literal["logits", "probs"] = field(
-        default="logits", metadata={"help": "what the ensemble averages"}
-    )
+    space: Literal["logits", "probs"] = field(default="logits", metadata={"help": "what the ensemble averages"})
     student_from: Literal["average", "previous"] = field(
         default="average",
         metadata={"help": "where the student starts: this round's average, or last round's student"},
@@ -59,9 +57,7 @@ class FedDF(FedAvg):
     )
     drop_worst: bool = field(
         default=False,
-        metadata={
-            "help": "leave out members below 1.2 × chance on the server labels, in average and ensemble"
-        },
+        metadata={"help": "leave out members below 1.2 × chance on the server labels, in average and ensemble"},
     )
 
     def needs(self) -> frozenset[str]:
@@ -116,7 +112,7 @@ class FedDF(FedAvg):
 
     def ensemble(self) -> Ensemble:
         """Return the mean of all members' logits (or probabilities)."""
-        return Ensemble(self.teachers(), space=self.space, reduce="mean")
+        return Ensemble(self.teachers(), space=self.space, reduce="mean", temperature=self.temperature)
 
     def above_chance(self, uploads: Iterable[Upload]) -> Iterator[Upload]:
         """Pass on the uploads whose accuracy on the server labels is at least 1.2 / C; forget the others."""
@@ -127,6 +123,4 @@ class FedDF(FedAvg):
                 yield upload
             else:
                 self.members.remove(upload)
-                self.server.emit(
-                    "dropped", round=self.round, partition_id=upload.partition_id, accuracy=accuracy
-                )
+                self.server.emit("dropped", round=self.round, partition_id=upload.partition_id, accuracy=accuracy)

@@ -35,7 +35,7 @@ class GlobalDistillation(LocalTraining):
         """
         super().absorb(student, knowledge)
         if student.round > 1:
-            student.teach(knowledge["teacher"] if "teacher" in knowledge else knowledge["weights"])
+            student.teach(knowledge.get(Weights, "teacher" if "teacher" in knowledge else "weights"))
         return {}
 
     def loss(
@@ -80,9 +80,7 @@ class FedGKD(FedAvg):
         default="uniform", metadata={"help": "weights of the average: 1 / K (paper and code), or n_k / n"}
     )
     buffer: int = field(default=5, metadata={"ge": 1, "help": "M, global models behind the teacher"})
-    coefficient: float = field(
-        default=0.1, metadata={"ge": 0, "help": "weight of the distillation term (γ/2)"}
-    )
+    coefficient: float = field(default=0.1, metadata={"ge": 0, "help": "weight of the distillation term (γ/2)"})
     temperature: float = field(default=1.0, metadata={"gt": 0, "help": "softmax temperature"})
     kind: Literal["kl", "mse"] = field(default="kl", metadata={"help": "kl, or mse on logits"})
 

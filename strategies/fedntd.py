@@ -1,5 +1,5 @@
 """FedNTD: Lee, Jeong, Shin, Bae, Yun, Preservation of the Global Knowledge by Not-True Distillation in Federated
-Learning, NeurIPS 2022 (2106.03097), Algorithm 1.
+Learning, NeurIPS 2022 (2106.03097).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class NotTrueDistillation(LocalTraining):
         teachers: tuple[Outputs, ...],
         aux: Aux,
     ) -> dict[str, Tensor]:
-        """Cross-entropy + β·τ²·KL over the C − 1 other logits, mean over the batch (eq. 6 and 7; τ² as in the code)."""
+        """Cross-entropy + β·τ²·KL over the C − 1 other logits, mean over the batch; τ² as in the code."""
         distilled = kd(
             out.logits,
             teachers[0].logits,

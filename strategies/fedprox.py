@@ -38,8 +38,9 @@ class Proximal(LocalTraining):
         teachers: tuple[Outputs, ...],
         aux: Aux,
     ) -> dict[str, Tensor]:
-        """Cross-entropy and the proximal term (eq. 2 of the paper)."""
-        distance = sum((p - aux["anchor"][name]).square().sum() for name, p in params.items())
+        """Cross-entropy and the proximal term."""
+        squares = ((p - aux["anchor"][name]).square().sum() for name, p in params.items())
+        distance = sum(squares, start=out.logits.new_zeros(()))
         return {**super().loss(params, batch, out, teachers, aux), "prox": 0.5 * self.method.mu * distance}
 
 

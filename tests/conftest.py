@@ -16,9 +16,7 @@ def ray_session():
     import ray
 
     if not ray.is_initialized():
-        ray.init(
-            address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
-        )
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 
@@ -29,7 +27,7 @@ def small():
 
     Its keyword arguments are changes, with ``__`` for the dot of a dotted key.
     """
-    from fedkd.scenario import merge, parse
+    from fedkd.parsing import merge, parse
 
     base = {
         "name": "small",

@@ -9,10 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-FLOOR = {"errors", "seeds", "files"}
+FLOOR = {"errors", "seeds", "files", "threads", "wording"}
 BASE = FLOOR | {"scenario", "options", "payloads", "plugins", "models", "losses", "data"}
 HALVES = BASE | {"students", "flower", "client", "server"}
-WIRED = HALVES | {"sweep", "engine", "checkpoint", "checks", "privacy", "run"}
+WIRED = HALVES | {"scenario_file", "sweep", "engine", "checkpoint", "checks", "environment", "privacy", "run"}
 
 # Package or module of fedkd -> what it may import of fedkd, beside itself.
 ARROWS: dict[str, set[str]] = {
@@ -20,21 +20,26 @@ ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "seeds": set(),
     "files": set(),
+    "threads": set(),
+    "wording": set(),
     "payloads": FLOOR,
     "scenario": FLOOR,
-    "options": FLOOR | {"scenario"},
+    "parsing": FLOOR | {"scenario"},
+    "scenario_file": FLOOR | {"scenario", "parsing"},
+    "options": FLOOR,
     "plugins": FLOOR | {"scenario", "options"},
     "models": BASE,
     "losses": BASE,
     "data": BASE,
     "students": BASE,
-    "sweep": FLOOR | {"scenario"},
-    "flower": FLOOR | {"scenario", "sweep"},
+    "sweep": FLOOR | {"scenario", "parsing", "scenario_file"},
+    "flower": FLOOR | {"scenario", "scenario_file", "sweep"},
     "client": HALVES - {"server"},
     "server": HALVES,  # a strategy names the client half it goes with
     "privacy": HALVES,
-    "engine": {"errors", "seeds"},  # Flower and Ray, nothing of distillation
+    "engine": {"errors", "seeds", "threads"},  # Flower and Ray, nothing of distillation
     "checkpoint": FLOOR | {"payloads"},
+    "environment": BASE | {"students"},
     "checks": HALVES,
     "run": WIRED,
     "report": {"errors", "files"},
@@ -70,9 +75,7 @@ def imported_by(path: Path) -> set[str]:
 
 def units_of(names: set[str]) -> set[str]:
     # `from fedkd import __version__` names the package itself.
-    return {
-        part for name in names if name.startswith("fedkd.") and (part := name.split(".")[1]) != "__version__"
-    }
+    return {part for name in names if name.startswith("fedkd.") and (part := name.split(".")[1]) != "__version__"}
 
 
 @pytest.mark.parametrize("name", sorted({unit(path) for path in modules("fedkd")}))
@@ -118,9 +121,7 @@ TEXT = {".py", ".toml", ".md", ".yml", ".yaml", ".txt", ".typed", ""}
 
 
 def test_no_machine_paths_and_nothing_left_to_do():
-    folders = [
-        ROOT / name for name in ("fedkd", "strategies", "scenarios", "docs", "benchmarks", ".ci", ".github")
-    ]
+    folders = [ROOT / name for name in ("fedkd", "strategies", "scenarios", "docs", "benchmarks", ".ci", ".github")]
     files = [path for folder in folders for path in folder.rglob("*")] + list(ROOT.glob("*"))
     for path in files:
         if path.is_file() and path.suffix in TEXT and "__pycache__" not in path.parts:

@@ -19,12 +19,7 @@ def test_trees_survive_the_disk(tmp_path):
     checkpoint.save(tree, tmp_path)
     got = checkpoint.load(tmp_path)
 
-    assert (
-        got["round"] == 3
-        and got["none"] is None
-        and got["empty"]["dict"] == {}
-        and got["empty"]["list"] == []
-    )
+    assert got["round"] == 3 and got["none"] is None and got["empty"]["dict"] == {} and got["empty"]["list"] == []
     assert torch.equal(got["students"]["cnn"]["a.weight"], tree["students"]["cnn"]["a.weight"])
     assert got["students"]["cnn"]["count"].dtype == torch.int64
     assert [float(past["w"]) for past in got["history"]] == [1.0, 0.0]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedkd.errors import KnowledgeError
 from fedkd.payloads import ClassOutputs, Knowledge, ProxyOutputs, Request, Weights
@@ -24,15 +24,15 @@ def test_everything_survives_the_wire():
     got = Knowledge.from_records(sent.to_records({"server-round": 3}))
 
     assert got.num_examples == 11 and got.metrics == {"loss": 0.5}
-    assert got["weights"].arch == "cnn"
+    assert got.get(Weights).arch == "cnn"
     for name, tensor in STATE.items():
-        assert torch.equal(got["weights"].state[name], tensor)
-        assert got["weights"].state[name].dtype == tensor.dtype
-    assert torch.equal(got["teacher"].state["w"], torch.ones(1))
-    assert got["proxy-outputs"].ids.tolist() == [4, 1] and got["proxy-outputs"].space == "logits"
-    assert torch.equal(got["proxy-outputs"].values, sent["proxy-outputs"].values)
-    assert got["class-outputs"].present.tolist() == [True, False, True]
-    assert got["request"].ids.tolist() == [5, 6, 7]
+        assert torch.equal(got.get(Weights).state[name], tensor)
+        assert got.get(Weights).state[name].dtype == tensor.dtype
+    assert torch.equal(got.get(Weights, "teacher").state["w"], torch.ones(1))
+    assert got.get(ProxyOutputs).ids.tolist() == [4, 1] and got.get(ProxyOutputs).space == "logits"
+    assert torch.equal(got.get(ProxyOutputs).values, sent.get(ProxyOutputs).values)
+    assert got.get(ClassOutputs).present.tolist() == [True, False, True]
+    assert got.get(Request).ids.tolist() == [5, 6, 7]
     assert got.nbytes == sent.nbytes
 
 
@@ -52,7 +52,7 @@ def test_bytes_are_those_of_the_arrays_on_the_wire(payload):
         Request(torch.arange(5)),
     )
     arrays = knowledge.to_records().array_records[payload].values()
-    assert knowledge[payload].nbytes == sum(a.numpy().nbytes for a in arrays)
+    assert knowledge.nbytes[payload] == sum(a.numpy().nbytes for a in arrays)
 
 
 @pytest.mark.parametrize(
@@ -109,4 +109,42 @@ def test_records_of_unknown_type_are_refused_not_evaluated():
 
 def test_a_payload_that_is_missing_is_named():
     with pytest.raises(KnowledgeError, match="no weights in the message"):
-        Knowledge()["weights"]
+        Knowledge().get(Weights)
+
+
+def test_another_payload_under_a_known_name_is_refused():
+    swapped = Knowledge({"weights": ProxyOutputs(torch.arange(2), torch.rand(2, 3), "probs")})
+    with pytest.raises(KnowledgeError, match="weights is a ProxyOutputs, not a Weights"):
+        swapped.get(Weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.int64])
+def test_outputs_of_another_type_are_refused(dtype):
+    ids = torch.arange(2)
+    with pytest.raises(KnowledgeError, match="wrong type"):
+        ProxyOutputs(ids, torch.ones(2, 3).to(dtype), "logits").check(3, ids, "logits")
+    with pytest.raises(KnowledgeError, match="wrong type"):
+        ClassOutputs(torch.ones(3, 3).to(dtype), torch.ones(3), "logits").check(3, "logits")
+
+
+@pytest.mark.parametrize("metrics", [{"loss": float("nan")}, {"loss": float("inf")}, {"loss": [1.0]}])
+def test_metrics_that_are_no_finite_numbers_are_refused(metrics):
+    records = Knowledge(num_examples=1).to_records()
+    records["metrics"] = MetricRecord({"num-examples": 1, **metrics})
+    with pytest.raises(KnowledgeError, match="'loss' is not a finite number"):
+        Knowledge.from_records(records)
+
+
+@pytest.mark.parametrize("count", [-1, 10**400, 1.5])
+def test_counts_that_are_none_are_refused(count):
+    records = Knowledge().to_records()
+    records["metrics"] = MetricRecord({"num-examples": count})
+    with pytest.raises(KnowledgeError, match="not a count"):
+        Knowledge.from_records(records)
+
+
+def test_arrays_without_data_are_refused():
+    records = Knowledge.of(Request(torch.arange(3))).to_records()
+    records["request"] = ArrayRecord({"ids": Array("int32", (3,), "numpy.ndarray", b"")})
+    with pytest.raises(KnowledgeError, match="cannot be read"):
+        Knowledge.from_records(records)

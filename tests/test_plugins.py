@@ -5,7 +5,7 @@ import pytest
 
 from fedkd import plugins
 from fedkd.errors import ScenarioError
-from fedkd.scenario import parse
+from fedkd.parsing import parse
 from fedkd.server.strategy import DistillationStrategy
 
 BUILT_IN = {"fedavg", "fedprox", "feddf", "fedgkd", "fedntd", "dsfl", "fd"}

@@ -7,21 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedkd.checks import check
 from fedkd.errors import ScenarioError
-from fedkd.scenario import (
-    Scenario,
-    assign,
-    check,
-    did_you_mean,
-    digest,
-    dump,
-    find,
-    load,
-    merge,
-    parse,
-    read,
-    shipped,
-)
+from fedkd.parsing import assign, merge, parse
+from fedkd.scenario import Scenario, digest
+from fedkd.scenario_file import dump, find, load, read, shipped
+from fedkd.wording import did_you_mean
 
 
 def message(raw, *overrides):
@@ -99,9 +90,7 @@ def test_another_strategy_drops_the_old_ones_hyper_parameters():
 
 
 def test_sweep_tables_may_be_dotted_or_nested():
-    raw = tomllib.loads(
-        '[sweep]\n"run.seed" = [0, 1]\npartition.alpha = [0.1]\ncases = [{strategy = "fedavg"}]'
-    )
+    raw = tomllib.loads('[sweep]\n"run.seed" = [0, 1]\npartition.alpha = [0.1]\ncases = [{strategy = "fedavg"}]')
 
     sweep = read(raw).sweep
 
@@ -149,7 +138,7 @@ def test_what_is_read_is_not_shared():
             {"client": {"terms": [{"los": "kd"}]}},
             ["client.terms[0].los", "unknown key", "did you mean 'loss'"],
         ),
-        ({"models": {"student": 3}}, ["models.student", "a string or a list or a table", "is 3"]),
+        ({"models": {"student": 3}}, ["models.student", "a string or a list of strings or a table", "is 3"]),
         ({"models": 3}, ["models", "a table", "is 3"]),
         ({"parttion": {}}, ["parttion", "unknown key", "did you mean 'partition'"]),
         ({"partition": {"alhpa": 1}}, ["partition.alhpa", "unknown key", "did you mean 'alpha'"]),

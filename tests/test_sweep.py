@@ -1,7 +1,7 @@
 import pytest
 
 from fedkd.errors import ScenarioError
-from fedkd.scenario import load, read, shipped
+from fedkd.scenario_file import load, read, shipped
 from fedkd.sweep import expand
 
 FEDDF = {"name": "feddf", "steps": 5}

@@ -14,10 +14,11 @@ from flwr.clientapp import ClientApp
 from fedkd import flower, plugins
 from fedkd.client.runtime import Runtime, runtime_of
 from fedkd.client.student import Student
-from fedkd.client.trainer import learn, one_thread
+from fedkd.client.trainer import learn
 from fedkd.errors import KnowledgeError
-from fedkd.payloads import CONFIG, Knowledge
+from fedkd.payloads import CONFIG, Knowledge, Weights
 from fedkd.scenario import Scenario
+from fedkd.threads import one_thread
 
 REFUSED = 400
 """Code of the Flower error with which a client refuses malformed knowledge."""
@@ -100,11 +101,9 @@ def _action(name: str) -> Work:
 def _evaluate(runtime: Runtime, student: Student, knowledge: Knowledge, config: ConfigRecord) -> Knowledge:
     """Accuracy of the received model, or of the client's own, on local or global test data."""
     if "weights" in knowledge:
-        student.load(knowledge["weights"])
+        student.load(knowledge.get(Weights))
     local = config.get("on", "local") == "local"
-    data, ids = (
-        (student.data, student.shard.test) if local else (student.test, torch.arange(len(student.test)))
-    )
+    data, ids = (student.data, student.shard.test) if local else (student.test, torch.arange(len(student.test)))
     labels = torch.tensor(np.asarray(data.labels)[np.asarray(ids)], dtype=torch.int64)
     logits = student.predict(data, ids)
     if not len(labels):

@@ -68,7 +68,7 @@ class LocalTraining:
         KnowledgeError
             The knowledge is malformed; the client refuses the round and says why.
         """
-        weights: Weights = knowledge["weights"]
+        weights = knowledge.get(Weights)
         student.load(weights)
         if self.distils:
             student.teach(weights)

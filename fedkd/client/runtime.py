@@ -15,7 +15,7 @@ from fedkd.client.student import Student
 from fedkd.data.federation import Federation, build_federation
 from fedkd.payloads import State
 from fedkd.scenario import Scenario
-from fedkd.students import build_student, pick_device
+from fedkd.students import build_student, pick_device, travelling
 
 MEMORY = "fedkd.memory"
 _MODEL = "model/"
@@ -77,7 +77,7 @@ class Runtime:
     def keep(self, student: Student, context: Context) -> None:
         """Write the client's memory back: its own model if the method keeps it, else only what may not travel."""
         memory = dict(student.memory)
-        travels = {} if self.local.keeps_model else student.weights().state
+        travels = {} if self.local.keeps_model else travelling(student.model, student.buffers)
         memory |= {
             _MODEL + name: tensor.detach().cpu().clone()
             for name, tensor in student.model.state_dict().items()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedkd.errors import KnowledgeError
 from fedkd.payloads import Knowledge, State, Weights
 from fedkd.seeds import Purpose, rng, torch_rng
-from fedkd.students import predict, travelling
+from fedkd.students import predict, snapshot, travelling
 
 if TYPE_CHECKING:
     from fedkd.data.batches import ArrayData
@@ -142,7 +142,7 @@ class Student:
 
     def weights(self) -> Weights:
         """Return the student's weights as they travel."""
-        return Weights(travelling(self.model, self.buffers), self.arch)
+        return Weights(snapshot(travelling(self.model, self.buffers)), self.arch)
 
     def predict(self, data: ArrayData, ids: Tensor | np.ndarray) -> Tensor:
         """Return logits in evaluation mode.

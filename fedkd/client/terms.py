@@ -99,8 +99,9 @@ class ActiveTerm:
 def activate(terms: Sequence[Term], student: Student) -> list[ActiveTerm]:
     """Give every term its teacher for this round; terms without one yet (``own`` in a first round) are left out."""
     active = []
+    teachers = {setting: _teacher(setting, student) for setting in dict.fromkeys(t.teacher for t in terms)}
     for index, term in enumerate(terms):
-        teacher, decay = _teacher(term.teacher, student)
+        teacher, decay = teachers[term.teacher]
         if teacher is not None:
             name = f"{term.loss}[{index}]" if len(terms) > 1 else term.loss
             active.append(
@@ -142,18 +143,15 @@ def _mean_of_last(count: int, student: Student) -> State:
     assert student.received is not None
     prefix = f"last:{count}/"
     slots = [
-        {
-            k.removeprefix(f"{prefix}{i}/"): v
-            for k, v in student.memory.items()
-            if k.startswith(f"{prefix}{i}/")
-        }
+        {k.removeprefix(f"{prefix}{i}/"): v for k, v in student.memory.items() if k.startswith(f"{prefix}{i}/")}
         for i in range(count)
     ]
     slots = [student.received, *[slot for slot in slots if slot]][:count]
     student.memory = {k: v for k, v in student.memory.items() if not k.startswith(prefix)}
     for i, slot in enumerate(slots):
         student.memory |= {f"{prefix}{i}/{k}": v for k, v in slot.items()}
+    means = {k: torch.stack([slot[k].double() for slot in slots]).mean(0) for k in student.received}
     return {
-        k: torch.stack([slot[k].double() for slot in slots]).mean(0).to(student.received[k].dtype)
-        for k in student.received
+        k: (mean if student.received[k].is_floating_point() else mean.round()).to(student.received[k].dtype)
+        for k, mean in means.items()
     }

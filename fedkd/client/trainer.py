@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,17 +20,6 @@ from fedkd.students import has_batch_norm
 
 if TYPE_CHECKING:
     from fedkd.scenario import Client
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute with one torch thread: two threads change the bits of every convolution."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def learning_rate(client: Client, round: int, step: int, steps: int) -> float:
@@ -84,9 +73,7 @@ def learn(student: Student, local: LocalTraining, aux: Aux) -> None:
         batches = step_order(ids, client.batch_size, client.steps, rng, drop_single=drop)
     else:
         batches = [
-            batch
-            for _ in range(client.epochs)
-            for batch in epoch_order(ids, client.batch_size, rng, drop_single=drop)
+            batch for _ in range(client.epochs) for batch in epoch_order(ids, client.batch_size, rng, drop_single=drop)
         ]
     optimizer = make_optimizer(client, model, client.lr)
     extra = terms.activate(client.terms, student)
@@ -115,7 +102,7 @@ def learn(student: Student, local: LocalTraining, aux: Aux) -> None:
             return named
 
         def after_step() -> None:
-            for term in extra:
+            for term in {id(term.teacher): term for term in extra}.values():  # terms may share a teacher
                 term.after_step(model)
 
         student.metrics |= _descend(student, optimizer, batches, losses_of, after_step)

@@ -187,9 +187,7 @@ class ArrayData:
         return x.mul_(scale[:, None, None]).add_(shift[:, None, None])
 
 
-def augment_images(
-    x: Tensor, how: str, generator: torch.Generator | None, *, reflect: bool = False
-) -> Tensor:
+def augment_images(x: Tensor, how: str, generator: torch.Generator | None, *, reflect: bool = False) -> Tensor:
     """Flip and shift each image of a batch at random.
 
     Parameters
@@ -223,9 +221,7 @@ def augment_images(
     count, height, width = x.shape[:3]
 
     def draw(low: int, high: int) -> Tensor:
-        return torch.randint(low, high + 1, (count,), generator=generator, device=generator.device).to(
-            x.device
-        )
+        return torch.randint(low, high + 1, (count,), generator=generator, device=generator.device).to(x.device)
 
     flipped = draw(0, 1).bool()
     if how == "crop-flip":

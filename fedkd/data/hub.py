@@ -86,9 +86,7 @@ def hub(
             raise
         except Exception as error:  # the libraries below raise whatever they like
             how = "check the files and the options" if local else f"is it {_endpoint()}/datasets/{name}?"
-            raise DataError(
-                f"hub:{name} cannot be loaded ({type(error).__name__}: {_brief(error)}); {how}"
-            ) from error
+            raise DataError(f"hub:{name} cannot be loaded ({type(error).__name__}: {_brief(error)}); {how}") from error
 
     identity = {
         "source": "hub",
@@ -152,9 +150,7 @@ def _load(name: str, subset: str, revision: str, train: str, test: str, share: f
             hint = f"it has {str(error).split('splits:')[-1].strip(' .')}"
             if key == "test_split":
                 hint += "; data.options.test_share = 0.2 cuts test data from the training data"
-            raise ScenarioError(
-                f"hub:{name} has no split {wanted!r}", key=f"data.options.{key}", hint=hint
-            ) from error
+            raise ScenarioError(f"hub:{name} has no split {wanted!r}", key=f"data.options.{key}", hint=hint) from error
 
     try:
         with nullcontext() if online else _offline():
@@ -213,9 +209,7 @@ def _decode(
     if not column or not label:
         missing = "image or text" if not column else "label"
         key = "data.options." + ("column" if not column else "label_column")
-        raise ScenarioError(
-            f"hub:{name}: no {missing} column found", key=key, hint=f"it has {', '.join(features)}"
-        )
+        raise ScenarioError(f"hub:{name}: no {missing} column found", key=key, hint=f"it has {', '.join(features)}")
 
     y_train, y_test, classes = _labels(train, test, label)
     raw = Raw(np.empty(0), y_train, np.empty(0), y_test, classes)
@@ -245,9 +239,7 @@ def _labels(train: Any, test: Any, column: str) -> tuple[np.ndarray, np.ndarray,
     return both[: len(y_train)], both[len(y_train) :], tuple(str(n) for n in names)
 
 
-def tokenise(
-    train: list[str], test: list[str], length: int, vocab: int
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def tokenise(train: list[str], test: list[str], length: int, vocab: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Return token ids of training and test texts and the vocabulary.
 
     Words are runs of ``[a-z0-9']`` in the lower-cased text. The vocabulary is every word that occurs at least

@@ -56,9 +56,7 @@ def _decode_npz(content: Any, path: Path) -> Raw:
     needed = ("x_train", "y_train", "x_test", "y_test")
     missing = [key for key in needed if key not in content.files]
     if missing:
-        raise DataError(
-            f"{path} lacks {', '.join(missing)}; it holds {', '.join(content.files) or 'nothing'}"
-        )
+        raise DataError(f"{path} lacks {', '.join(missing)}; it holds {', '.join(content.files) or 'nothing'}")
     arrays = {}
     for key in (*needed, "classes", "vocab", "natural_ids"):
         try:

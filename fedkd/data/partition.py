@@ -81,9 +81,7 @@ def check(spec: scenario.Partition) -> None:
             raise ScenarioError("is set elsewhere", key=key, hint=f"use {elsewhere[option]}")
         if option not in known:
             close = difflib.get_close_matches(option, known, n=1)
-            hint = (
-                f"did you mean {close[0]!r}? " if close else ""
-            ) + f"options: {', '.join(known) or 'none'}"
+            hint = (f"did you mean {close[0]!r}? " if close else "") + f"options: {', '.join(known) or 'none'}"
             raise ScenarioError(f"{spec.name} has no such option", key=key, hint=hint)
     for option in rule.required:
         if option not in spec.options:
@@ -241,9 +239,7 @@ def _draw(rule: Rule, task: Task, name: str, seed: int, notes: list[str]) -> Sha
         lacking = sum(max(0, task.min_samples - len(shard)) for shard in shards)
         if not lacking or not rule.lucky:
             if best is not None:
-                notes.append(
-                    f"{name}: draw {attempt} is the first in which all have {task.min_samples} samples"
-                )
+                notes.append(f"{name}: draw {attempt} is the first in which all have {task.min_samples} samples")
             return shards
         if best is None or lacking < least:
             best, least = shards, lacking
@@ -260,9 +256,7 @@ def _draw(rule: Rule, task: Task, name: str, seed: int, notes: list[str]) -> Sha
     try:
         return rule.spare(task, rng(seed, Purpose.PARTITION, round=_SPARE))
     except ValueError as error:  # such as a list of alphas of the wrong length
-        raise ScenarioError(
-            f"{name} cannot divide these data: {_brief(error)}", key="partition.options"
-        ) from error
+        raise ScenarioError(f"{name} cannot divide these data: {_brief(error)}", key="partition.options") from error
 
 
 def _attempts(task: Task) -> int:

@@ -88,9 +88,7 @@ def _dirichlet(task: Task, rng: np.random.Generator) -> Shards:
     for label in np.unique(task.labels):
         members = np.flatnonzero(task.labels == label)
         share = rng.dirichlet(alpha)
-        if not (
-            np.isfinite(share).all() and share.sum() > 0
-        ):  # underflow: the limit alpha -> 0 is one client
+        if not (np.isfinite(share).all() and share.sum() > 0):  # underflow: the limit alpha -> 0 is one client
             share = np.eye(task.clients)[rng.integers(task.clients)]
         cuts = (np.cumsum(share / share.sum()) * len(members)).astype(int)[:-1]
         parts.append(np.split(members, np.minimum(cuts, len(members))))
@@ -132,9 +130,7 @@ def _in_proportion(weigh: Callable[[np.ndarray], np.ndarray]) -> Draw:
 
 def _by_function(task: Task, rng: np.random.Generator) -> Shards:
     weigh = _function(task.options["partition_id_to_size_fn"])
-    return _sized(
-        np.asarray(weigh(np.arange(1, task.clients + 1, dtype=float)), dtype=float), len(task.labels)
-    )
+    return _sized(np.asarray(weigh(np.arange(1, task.clients + 1, dtype=float)), dtype=float), len(task.labels))
 
 
 def _sized(weight: np.ndarray, samples: int) -> Shards:
@@ -177,9 +173,7 @@ RULES: dict[str, Rule] = {
         ("num_shards_per_partition", "shard_size", "keep_incomplete_shard"),
     ),
     "size": Rule("SizePartitioner", "given numbers of samples", (), (), ("partition_sizes",)),
-    "linear": Rule(
-        "LinearPartitioner", "sizes grow with the client's number", spare=_in_proportion(lambda n: n)
-    ),
+    "linear": Rule("LinearPartitioner", "sizes grow with the client's number", spare=_in_proportion(lambda n: n)),
     "square": Rule("SquarePartitioner", "sizes grow with its square", spare=_in_proportion(np.square)),
     "exponential": Rule(
         "ExponentialPartitioner",

@@ -70,8 +70,8 @@ class ProxySet:
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """Names that strategies may require: ``proxy``, ``proxy-labels``, ``proxy-same-shape``."""
-        extra = {"proxy-labels": self.labelled, "proxy-same-shape": self.same_shape}
+        """Names that strategies may require: ``proxy``, ``proxy-labels``, ``same-shape``."""
+        extra = {"proxy-labels": self.labelled, "same-shape": self.same_shape}
         return frozenset({"proxy", *(name for name, has in extra.items() if has)})
 
 
@@ -176,9 +176,7 @@ def _noise(dataset: Dataset, size: int, seed: int) -> np.ndarray:
     return vectors.astype(np.float32)
 
 
-def _foreign(
-    spec: scenario.Proxy, data: scenario.Data, dataset: Dataset, train: ArrayData, seed: int
-) -> ProxySet:
+def _foreign(spec: scenario.Proxy, data: scenario.Data, dataset: Dataset, train: ArrayData, seed: int) -> ProxySet:
     options: dict[str, Any] = {}
     if spec.source == "synthetic" and data.source == "synthetic":
         # More samples of the task's own mixture.

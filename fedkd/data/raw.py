@@ -73,9 +73,7 @@ def check(raw: Raw, source: str) -> Raw:
         _check_tokens(raw, bad)
     if raw.natural_ids is not None:
         if raw.natural_ids.shape != raw.y_train.shape:
-            raise bad(
-                "natural_ids", f"has shape {raw.natural_ids.shape}; should be one owner per training sample"
-            )
+            raise bad("natural_ids", f"has shape {raw.natural_ids.shape}; should be one owner per training sample")
         # Owners may be names: number them in sorted order.
         raw.natural_ids = np.unique(raw.natural_ids, return_inverse=True)[1].astype(np.int64)
     return raw
@@ -99,9 +97,7 @@ def _kind(x: np.ndarray, bad: Callable[[str, str], DataError]) -> str:
 def _samples(x: np.ndarray, name: str, raw: Raw, bad: Callable[[str, str], DataError]) -> np.ndarray:
     if raw.kind == "image":
         if x.dtype != np.uint8 or x.ndim not in (3, 4):
-            raise bad(
-                name, f"has dtype {x.dtype} and shape {x.shape}; should be uint8 [N, H, W] or [N, H, W, C]"
-            )
+            raise bad(name, f"has dtype {x.dtype} and shape {x.shape}; should be uint8 [N, H, W] or [N, H, W, C]")
         if x.ndim == 4 and x.shape[3] not in (1, 2, 3, 4):
             raise bad(name, f"has shape {x.shape}; colour channels (1 to 4) come last")
         x = x[..., 0] if x.ndim == 4 and x.shape[3] == 1 else x

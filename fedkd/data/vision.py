@@ -178,9 +178,7 @@ def _image_folder(folder: str, size: int | Sequence[int], grey: bool) -> Plan:
             raise DataError(f"{root}: {_brief(error)}") from error
         if train.classes != test.classes:
             both = sorted(set(train.classes) ^ set(test.classes))
-            raise DataError(
-                f"{root}: {', '.join(both)} occur in only one of {parts[0].name} and {parts[1].name}"
-            )
+            raise DataError(f"{root}: {', '.join(both)} occur in only one of {parts[0].name} and {parts[1].name}")
         files = [str(root)]
         x_train = decode_images((train.loader(f) for f, _ in train.samples), tuple(sides), grey, *files)
         x_test = decode_images((test.loader(f) for f, _ in test.samples), tuple(sides), grey, *files)

@@ -37,9 +37,7 @@ def compose(partitions: Sequence[int], archs: Sequence[str]) -> list[list[int]]:
     groups: dict[str, list[int]] = {}
     for position in sorted(range(len(partitions)), key=partitions.__getitem__):
         groups.setdefault(archs[position], []).append(position)
-    return [
-        group[start : start + width] for group in groups.values() for start in range(0, len(group), width)
-    ]
+    return [group[start : start + width] for group in groups.values() for start in range(0, len(group), width)]
 
 
 def longest_first(cohorts: Sequence[Sequence[int]], num_examples: Sequence[int]) -> list[int]:

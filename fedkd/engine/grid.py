@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import time
 from abc import abstractmethod
 from collections import Counter
@@ -23,6 +22,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedkd.engine.cohorts import compose, longest_first
 from fedkd.engine.worker import KEPT, NEW, AppFactory, CohortRunner, Record
+from fedkd.threads import cores
 
 if TYPE_CHECKING:
     from fedkd.engine.pool import Pool
@@ -189,9 +189,7 @@ class SimulationGrid(Grid):
         """Run the clients that the named messages go to and return their replies; an id counts once."""
         return list(self._deliver([self._pushed.pop(i) for i in message_ids if i in self._pushed], None))
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterator[Message]:
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Send messages and yield the replies in partition order, each as soon as it can be had.
 
         Parameters
@@ -338,16 +336,12 @@ class InlineGrid(SimulationGrid):
     [0, 1]
     """
 
-    def __init__(
-        self, app_factory: AppFactory, nodes: Nodes, run_config: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, app_factory: AppFactory, nodes: Nodes, run_config: dict[str, Any] | None = None) -> None:
         super().__init__(nodes, run_config)
         self._runner = CohortRunner(app_factory(), len(nodes), self.run_config)
 
     @contextmanager
-    def _running(
-        self, items: list[Item], cohorts: list[list[int]], deadline: float | None
-    ) -> Iterator[Fetch]:
+    def _running(self, items: list[Item], cohorts: list[list[int]], deadline: float | None) -> Iterator[Fetch]:
         def fetch(number: int) -> list[Outcome]:
             chosen = [items[position] for position in cohorts[number]]
             answers = self._runner.run(
@@ -403,7 +397,7 @@ class RayGrid(SimulationGrid):
         super().__init__(nodes, run_config)
         self._pool: Pool = Pool(
             (app_factory, len(nodes), self.run_config),
-            workers=workers or os.cpu_count() or 1,
+            workers=workers or cores(),
             gpus_per_worker=gpus_per_worker,
             address=address,
         )
@@ -424,9 +418,7 @@ class RayGrid(SimulationGrid):
         self._pool.close()
 
     @contextmanager
-    def _running(
-        self, items: list[Item], cohorts: list[list[int]], deadline: float | None
-    ) -> Iterator[Fetch]:
+    def _running(self, items: list[Item], cohorts: list[list[int]], deadline: float | None) -> Iterator[Fetch]:
         share = self._shared(items)
         jobs = []
         for cohort in cohorts:
@@ -463,10 +455,7 @@ class RayGrid(SimulationGrid):
                 if isinstance(done, Error):
                     failed = [items[position].message for position in cohorts[number]]
                     return [Outcome(Message(done, reply_to=message), KEPT) for message in failed]
-                return [
-                    Outcome(reply, change, state if change == NEW else None)
-                    for reply, change, state in zip(*done)
-                ]
+                return [Outcome(reply, change, state if change == NEW else None) for reply, change, state in zip(*done)]
 
             yield fetch
 

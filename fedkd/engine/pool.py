@@ -31,6 +31,7 @@ from ray.exceptions import (
 
 from fedkd.engine.worker import TOO_LATE, Worker, describe
 from fedkd.errors import RunError
+from fedkd.threads import cores
 
 log = logging.getLogger(__name__)
 
@@ -289,16 +290,12 @@ class Dispatcher(threading.Thread):
 
         receipt.future().add_done_callback(ended)
 
-    def _ended(
-        self, number: int, place: int, actor: Any, future: Any, replies: Any, states: list[Any]
-    ) -> None:
+    def _ended(self, number: int, place: int, actor: Any, future: Any, replies: Any, states: list[Any]) -> None:
         if self._in_flight.get(number) != (place, actor):
             return  # its worker was given up meanwhile, and the job is somewhere else
         try:
             receipt = future.result()
-        except (
-            RayTaskError
-        ) as error:  # our own code raised, or a reply cannot be pickled: again would not help
+        except RayTaskError as error:  # our own code raised, or a reply cannot be pickled: again would not help
             del self._in_flight[number]
             self._finish(number, Error(ErrorCode.UNKNOWN, _cause(error)))
         except DEATHS as error:
@@ -318,9 +315,7 @@ class Dispatcher(threading.Thread):
         for number in reversed(numbers):
             self._in_flight.pop(number, None)
             if number == numbers[0] and times > RETRIES:
-                reason = (
-                    f"{type(error).__name__}: the worker of this cohort died {times} times; {_cause(error)}"
-                )
+                reason = f"{type(error).__name__}: the worker of this cohort died {times} times; {_cause(error)}"
                 self._finish(number, Error(ErrorCode.CLIENT_APP_CRASHED, reason))
             else:
                 self._pending.appendleft(number)
@@ -364,15 +359,13 @@ def start_ray(address: str, workers: int) -> None:
     """
     settings: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.ERROR}
     if not address:  # "local" keeps RAY_ADDRESS from choosing a cluster that nobody asked for
-        settings |= {"address": "local", "num_cpus": max(workers, os.cpu_count() or 1)}
+        settings |= {"address": "local", "num_cpus": max(workers, cores())}
     else:
         settings |= {"address": address}
     try:
         ray.init(**settings)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise RunError(
-            f"Ray cannot be {'joined at ' + address if address else 'started'}: {error}"
-        ) from error
+        raise RunError(f"Ray cannot be {'joined at ' + address if address else 'started'}: {error}") from error
 
 
 def _check_room(workers: int, gpus_per_worker: float) -> None:
@@ -380,8 +373,7 @@ def _check_room(workers: int, gpus_per_worker: float) -> None:
     for name, wanted in (("CPU", float(workers)), ("GPU", workers * gpus_per_worker)):
         if wanted > total.get(name, 0.0) + 1e-6:
             raise RunError(
-                f"{workers} workers need {wanted:g} {name}s, Ray has {total.get(name, 0.0):g}; "
-                "ask for fewer workers"
+                f"{workers} workers need {wanted:g} {name}s, Ray has {total.get(name, 0.0):g}; ask for fewer workers"
             )
 
 

@@ -4,8 +4,7 @@ import copy
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, Metadat
 from flwr.app.message import make_message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
+
+from fedkd.threads import one_thread
 
 Record = ArrayRecord | MetricRecord | ConfigRecord
 AppFactory = Callable[[], ClientApp]
@@ -23,17 +24,6 @@ class Answer(NamedTuple):
 
     reply: Message
     state: RecordDict | None  # the client's new state; None: it keeps the one it had
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute with one torch thread: two change the bits of every convolution. Restored afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def private(records: RecordDict) -> RecordDict:
@@ -78,9 +68,7 @@ def describe(error: BaseException) -> str:
     'ValueError: no samples'
     """
     frames = traceback.extract_tb(error.__traceback__)
-    place = (
-        f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
-    )
+    place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
     return f"{type(error).__name__}: {error}{place}"
 
 
@@ -221,9 +209,7 @@ class Worker:
         messages = [
             make_message(
                 one,
-                RecordDict(
-                    {name: objects[part] if isinstance(part, int) else part for name, part in content}
-                ),
+                RecordDict({name: objects[part] if isinstance(part, int) else part for name, part in content}),
             )
             for one, content in zip(metadata, contents)
         ]

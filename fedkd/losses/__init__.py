@@ -15,7 +15,7 @@ from fedkd.losses import terms
 from fedkd.losses.response import cross_entropy, kd, not_true_mask
 from fedkd.options import check_options
 from fedkd.plugins import load_object
-from fedkd.scenario import did_you_mean
+from fedkd.wording import did_you_mean
 
 __all__ = ["check_term", "cross_entropy", "describe", "kd", "names", "not_true_mask", "term"]
 
@@ -111,6 +111,7 @@ def check_term(name: str, options: Mapping[str, Any]) -> None:
     >>> check_term("kd", {"direction": "reverse"})
     >>> check_term("kd", {"direction": "backward"})  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    fedkd.errors.ScenarioError: client.terms: loss 'kd': direction = 'backward': Input should be ...
+    fedkd.errors.ScenarioError: client.terms: loss 'kd': direction must be one of 'forward', ..., is 'backward'
+      Default: 'forward'.
     """
     check_options(term(name), options, key="client.terms", owner=f"loss {name!r}", reserved=("temperature",))

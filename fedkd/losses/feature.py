@@ -75,15 +75,11 @@ def attention(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     beta is the weight of the term, about 1000 in the paper.
     """
     if not student or len(student) != len(teacher):
-        raise ValueError(
-            f"student has {len(student)} maps, teacher {len(teacher)}; both need the same number, from 1"
-        )
+        raise ValueError(f"student has {len(student)} maps, teacher {len(teacher)}; both need the same number, from 1")
     layers = []
     for s, t in zip(student, teacher, strict=True):
         if s.ndim != 4 or t.ndim != 4 or s.shape[2:] != t.shape[2:]:
-            raise ValueError(
-                f"maps {tuple(s.shape)} and {tuple(t.shape)} differ in height or width, or are no maps"
-            )
+            raise ValueError(f"maps {tuple(s.shape)} and {tuple(t.shape)} differ in height or width, or are no maps")
         difference = _attention_map(s) - _attention_map(t)
         layers.append(torch.linalg.vector_norm(difference, dim=1).sum() / max(len(s), 1))
     return 0.5 * torch.stack(layers).sum()

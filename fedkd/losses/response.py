@@ -161,9 +161,7 @@ def kd(
         if choice not in _CHOICES[name]:
             raise ValueError(f"{name} must be one of {_CHOICES[name]}, is {choice!r}")
     if student_logits.shape != target.shape:
-        raise ValueError(
-            f"student {tuple(student_logits.shape)} and target {tuple(target.shape)} differ in shape"
-        )
+        raise ValueError(f"student {tuple(student_logits.shape)} and target {tuple(target.shape)} differ in shape")
     student_logits, target = at_least_float32(student_logits), at_least_float32(target)
     keep = None if class_mask is None else class_mask.expand_as(student_logits)
 
@@ -246,8 +244,7 @@ def decoupled_kd(
     """
     others = not_true_mask(labels, student_logits.shape[-1])
     log_s, log_t = (
-        _label_against_rest(at_least_float32(z) / temperature, others)
-        for z in (student_logits, teacher_logits)
+        _label_against_rest(at_least_float32(z) / temperature, others) for z in (student_logits, teacher_logits)
     )
     target = (log_t.exp() * (log_t - log_s)).sum() / max(len(student_logits), 1)
     non_target = kd(

@@ -209,9 +209,7 @@ def cc(
     order: Annotated[int, Field(ge=1, le=10)] = 2,
 ) -> Tensor:
     """Gaussian-kernel correlations between samples (correlation congruence); options layer, gamma, order."""
-    return relation.correlation_congruence(
-        _layer(out, layer), _layer(teacher_out, layer), gamma=gamma, order=order
-    )
+    return relation.correlation_congruence(_layer(out, layer), _layer(teacher_out, layer), gamma=gamma, order=order)
 
 
 def pkt(

@@ -13,7 +13,7 @@ from fedkd.models.base import Body, Classifier, Outputs
 from fedkd.models.foreign import module_model, torchvision_model
 from fedkd.models.pretrained import load_pretrained
 from fedkd.options import check_options
-from fedkd.scenario import did_you_mean
+from fedkd.wording import did_you_mean
 
 __all__ = ["PATTERNS", "Body", "Classifier", "Outputs", "build", "check", "describe", "names"]
 
@@ -77,9 +77,7 @@ def describe(name: str) -> str:
     if name in _MODELS:
         return (inspect.getdoc(_MODELS[name].builder) or "").splitlines()[0]
     source, _, attribute = name.partition(":")
-    return (
-        f"torchvision's {attribute}, untrained." if source == "torchvision" else f"{attribute} of {source}."
-    )
+    return f"torchvision's {attribute}, untrained." if source == "torchvision" else f"{attribute} of {source}."
 
 
 def check(name: str, kind: str = "", key: str = "models.student") -> None:
@@ -222,9 +220,7 @@ def _make(
     options = check_options(builder, options, key="models.options", owner=f"model {name!r}")
     if kind == "tokens":
         if vocab_size < 1:
-            raise ScenarioError(
-                f"model {name!r} needs a vocabulary, and the data have none", key="models.student"
-            )
+            raise ScenarioError(f"model {name!r} needs a vocabulary, and the data have none", key="models.student")
         return builder(num_classes, vocab_size, **options)
     if kind == "image" and name != "mlp" and min(input_shape[1:]) < SMALLEST:
         size = "x".join(map(str, input_shape[1:]))

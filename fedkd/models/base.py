@@ -90,11 +90,7 @@ class Classifier(nn.Module):
 
 def refuse_batch_of_one(model: nn.Module, x: Tensor) -> None:
     """Raise `ScenarioError` if BatchNorm in training mode meets a single sample."""
-    if (
-        model.training
-        and len(x) == 1
-        and any(isinstance(m, _BatchNorm) and m.training for m in model.modules())
-    ):
+    if model.training and len(x) == 1 and any(isinstance(m, _BatchNorm) and m.training for m in model.modules()):
         raise ScenarioError(
             "BatchNorm cannot learn from a batch of one sample",
             key="models.norm",
@@ -128,9 +124,7 @@ def conv_norm(
 
     The convolution has a bias only where no norm follows.
     """
-    conv = nn.Conv2d(
-        in_channels, out_channels, kernel, stride=stride, padding=kernel // 2, bias=norm == "none"
-    )
+    conv = nn.Conv2d(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2, bias=norm == "none")
     return conv, make_norm(norm, out_channels)
 
 

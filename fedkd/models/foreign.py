@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedkd.errors import ScenarioError
 from fedkd.models.base import Classifier, Norm, Outputs, make_norm, refuse_batch_of_one
 from fedkd.plugins import load_object
-from fedkd.scenario import did_you_mean
+from fedkd.wording import did_you_mean
 
 KEY = "models.student"
 
@@ -29,9 +29,7 @@ class Foreign(Classifier):
         Whether grey images are repeated to three channels.
     """
 
-    def __init__(
-        self, body: nn.Module, head: nn.Module, head_path: str = "", repeat_grey: bool = False
-    ) -> None:
+    def __init__(self, body: nn.Module, head: nn.Module, head_path: str = "", repeat_grey: bool = False) -> None:
         super().__init__(body, head)
         self.head_path, self.repeat_grey = head_path, repeat_grey
 
@@ -97,9 +95,7 @@ def torchvision_model(
         hint = did_you_mean(name, known, "models of torchvision")
         raise ScenarioError(f"torchvision has no classification model {name!r}", key=KEY, hint=hint)
     if input_shape[0] not in (1, 3):
-        raise ScenarioError(
-            f"{label} takes 1 or 3 channels, not {input_shape[0]}", key=KEY, hint="use cnn or resnet8"
-        )
+        raise ScenarioError(f"{label} takes 1 or 3 channels, not {input_shape[0]}", key=KEY, hint="use cnn or resnet8")
     builder = zoo.get_model_builder(name)
     settings: dict[str, Any] = {"weights": None, "num_classes": num_classes}
     if name in ("googlenet", "inception_v3"):
@@ -146,9 +142,7 @@ def module_model(name: str, arguments: dict[str, Any], options: dict[str, Any]) 
     """
     factory: Callable[..., Any] = load_object(name, key=KEY)
     if not callable(factory):
-        raise ScenarioError(
-            f"{name!r} is not callable", key=KEY, hint="name a function or class that makes a module"
-        )
+        raise ScenarioError(f"{name!r} is not callable", key=KEY, hint="name a function or class that makes a module")
     parameters = inspect.signature(factory).parameters.values()
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     wanted = {p.name for p in parameters}

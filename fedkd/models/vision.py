@@ -66,9 +66,7 @@ class Block(nn.Module):
         self.conv2, self.norm2 = conv_norm(out_channels, out_channels, 3, norm)
         changes = stride != 1 or in_channels != out_channels
         self.shortcut = (
-            nn.Sequential(*conv_norm(in_channels, out_channels, 1, norm, stride=stride))
-            if changes
-            else nn.Identity()
+            nn.Sequential(*conv_norm(in_channels, out_channels, 1, norm, stride=stride)) if changes else nn.Identity()
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,9 +97,7 @@ def _resnet(blocks: int, num_classes: int, input_shape: Shape, norm: Norm, width
     stages = []
     for channel, stride in ((16, 1), (32, 2), (64, 2)):
         after = _scaled(channel, width)
-        row = [
-            Block(before if i == 0 else after, after, norm, stride if i == 0 else 1) for i in range(blocks)
-        ]
+        row = [Block(before if i == 0 else after, after, norm, stride if i == 0 else 1) for i in range(blocks)]
         stages.append(nn.Sequential(*row))
         before = after
     stages[0].insert(0, stem)

@@ -87,9 +87,7 @@ def learning_curves(
         return _save(figure, path)
 
 
-def partition_figure(
-    counts: np.ndarray, classes: Sequence[str], path: str | Path, title: str = ""
-) -> list[Path]:
+def partition_figure(counts: np.ndarray, classes: Sequence[str], path: str | Path, title: str = "") -> list[Path]:
     """Draw how many samples of each class each client has.
 
     Bubbles, whose area is the number of samples, for up to 40 clients and 20 classes; a heat map beyond.
@@ -144,9 +142,7 @@ def _mean_and_sd(curve: Curve | Sequence[Curve]) -> tuple[np.ndarray, np.ndarray
     return np.array(rounds), mean, sd
 
 
-def _name_ends(
-    figure: Figure, axes: Axes, lines: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
-) -> None:
+def _name_ends(figure: Figure, axes: Axes, lines: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
     """Write every label to the right of the plot, level with its line's end where labels do not collide."""
     low, high = axes.get_ylim()
     inches = figure.get_figheight() - 0.8
@@ -192,10 +188,7 @@ def _spread(wanted: Sequence[float], gap: float) -> list[float]:
     blocks: list[list[float]] = []
     for i in order:
         blocks.append([wanted[i], 1])
-        while (
-            len(blocks) > 1
-            and blocks[-2][0] / blocks[-2][1] + blocks[-2][1] * gap > blocks[-1][0] / blocks[-1][1]
-        ):
+        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] + blocks[-2][1] * gap > blocks[-1][0] / blocks[-1][1]:
             total, size = blocks.pop()
             blocks[-1][0] += total - size * blocks[-1][1] * gap
             blocks[-1][1] += size
@@ -217,9 +210,7 @@ def _bubbles(counts: np.ndarray) -> tuple[Figure, Axes]:
 
     clients, num_classes = counts.shape
     cell = 0.3  # inches from one client, or class, to the next
-    figure = Figure(
-        figsize=(max(clients * cell, 2.4) + 2.4, max(num_classes * cell, 1.5) + 1.1), layout="constrained"
-    )
+    figure = Figure(figsize=(max(clients * cell, 2.4) + 2.4, max(num_classes * cell, 1.5) + 1.1), layout="constrained")
     axes = figure.subplots()
     peak = max(int(counts.max()), 1)
     area = (0.92 * cell * 72) ** 2  # of the largest circle, square points

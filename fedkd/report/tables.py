@@ -143,8 +143,7 @@ def to_markdown(df: pd.DataFrame) -> str:
     rule = ["-" * (w - 1) + ":" if right else ":" + "-" * (w - 1) for w, right in zip(widths, numeric)]
     lines.insert(1, rule)
     padded = [
-        [cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(line, widths, numeric)]
-        for line in lines
+        [cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(line, widths, numeric)] for line in lines
     ]
     return "".join(f"| {' | '.join(line)} |\n" for line in padded)
 
@@ -209,9 +208,7 @@ def write_tables(
     """
     df = aggregate(rows, by)
     formats: dict[str, Callable[[pd.DataFrame], str]] = {".md": to_markdown, ".csv": to_csv, ".tex": to_latex}
-    return [
-        write_atomic(Path(folder) / f"{stem}{suffix}", text(df).encode()) for suffix, text in formats.items()
-    ]
+    return [write_atomic(Path(folder) / f"{stem}{suffix}", text(df).encode()) for suffix, text in formats.items()]
 
 
 def console_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
@@ -337,9 +334,7 @@ def _add_class_summary(table: Table, counts: np.ndarray, shown: np.ndarray, clas
         more = f" and {len(order) - 3} more" if len(order) > 3 else ""
         total = int(row.sum())
         samples = Text(str(total), style=_shade(total / peak) if total else "dim")
-        table.add_row(
-            str(client), samples, str(len(order)), Text(largest + more or "·"), style="" if total else "dim"
-        )
+        table.add_row(str(client), samples, str(len(order)), Text(largest + more or "·"), style="" if total else "dim")
 
 
 def _shade(share: float) -> str:
@@ -409,9 +404,7 @@ def _metrics(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     after = sorted({int(rounds) for row in rows for rounds in row.get("accuracy_after") or {}})
     names: list[str] = []
     for name in _ORDER:
-        names += (
-            [f"after_{rounds}" for rounds in after] if name == "accuracy_after" else [name] * (name in found)
-        )
+        names += [f"after_{rounds}" for rounds in after] if name == "accuracy_after" else [name] * (name in found)
     return names + [name for name in found if name not in _ORDER]
 
 
@@ -459,11 +452,7 @@ def _title(metric: str) -> str:
 
 def _is_share(metric: str) -> bool:
     """Whether a metric is a fraction that is shown in per cent."""
-    return (
-        metric in {"best", "final", "ensemble", "agreement"}
-        or metric.startswith("after_")
-        or "accuracy" in metric
-    )
+    return metric in {"best", "final", "ensemble", "agreement"} or metric.startswith("after_") or "accuracy" in metric
 
 
 def _mean_sd(metric: str, mean: float, sd: float) -> str:

@@ -87,9 +87,7 @@ def average(
     """
     weight_of = _weight_function(weights)
     if buffers not in ("all", "params_only"):
-        raise ScenarioError(
-            f"buffers {buffers!r} is unknown", key="models.buffers", hint="all or params_only"
-        )
+        raise ScenarioError(f"buffers {buffers!r} is unknown", key="models.buffers", hint="all or params_only")
     if buffers == "params_only" and params is None:
         raise ScenarioError("averaging parameters only needs the names of the parameters")
 
@@ -220,7 +218,5 @@ class StateMean:
                 mean = mean.round()
             averaged[key] = mean.to(dtype)
             if not bool(torch.isfinite(averaged[key]).all()):
-                raise KnowledgeError(
-                    f"the average of {self.name} is not finite: {key} holds NaN or infinite numbers"
-                )
+                raise KnowledgeError(f"the average of {self.name} is not finite: {key} holds NaN or infinite numbers")
         return averaged

@@ -15,9 +15,10 @@ from fedkd.data.batches import ArrayData, epoch_order, step_order
 from fedkd.data.proxy import ProxySet
 from fedkd.errors import KnowledgeError, RunError, ScenarioError
 from fedkd.losses.response import kd
-from fedkd.scenario import did_you_mean
 from fedkd.server.averaging import StateMean
-from fedkd.server.ensemble import Targets, borrowed
+from fedkd.server.targets import Targets
+from fedkd.students import borrowed, reestimate_norms
+from fedkd.wording import did_you_mean
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -215,7 +216,7 @@ class Distiller:
         ):
             torch.default_generator.manual_seed(seed)
             if device.type == "cuda":
-                torch.cuda.manual_seed(seed)
+                torch.cuda.manual_seed_all(seed)
             if self.channels_last:
                 model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
             if not _finite_weights(model):
@@ -224,9 +225,7 @@ class Distiller:
 
     def _batches(self, model: nn.Module, samples: int, generator: np.random.Generator) -> list[np.ndarray]:
         """Rows of the targets for every step."""
-        learns_statistics = self.norm_buffers != "frozen" and any(
-            isinstance(m, BatchNorm) for m in model.modules()
-        )
+        learns_statistics = self.norm_buffers != "frozen" and any(isinstance(m, BatchNorm) for m in model.modules())
         if learns_statistics and min(samples, self.batch_size) < 2:
             raise ScenarioError(
                 f"distiller: BatchNorm needs batches of at least 2 samples; batch_size is {self.batch_size}, "
@@ -285,11 +284,7 @@ class Distiller:
             step += 1
             if on_step is not None:
                 on_step(step, last)
-            if (
-                self.returns == "swa"
-                and step >= self.swa_start
-                and (step - self.swa_start) % self.swa_every == 0
-            ):
+            if self.returns == "swa" and step >= self.swa_start and (step - self.swa_start) % self.swa_every == 0:
                 snapshots.add(model.state_dict())
             if step % self.check_every and step < len(batches):
                 continue
@@ -311,15 +306,20 @@ class Distiller:
         elif snapshots.count:
             model.load_state_dict(snapshots.result())
         if self.norm_buffers == "reestimate":
-            self._reestimate(model, data, ids)
+            reestimate_norms(
+                model,
+                data,
+                ids,
+                device=self.device,
+                batch_size=self.batch_size,
+                channels_last=self.channels_last,
+            )
         return DistillReport(step, float(first), float(last), best_score, best_step, stopped)
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         if self.optimizer == "adam":
             return torch.optim.Adam(model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
-        return torch.optim.SGD(
-            model.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
-        )
+        return torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
     def _rate(self, step: int, steps: int) -> float:
         if self.schedule == "cosine":
@@ -339,22 +339,6 @@ class Distiller:
             score = float(validate(model))
         self._training_mode(model)
         return -math.inf if math.isnan(score) else score
-
-    def _reestimate(self, model: nn.Module, data: ArrayData, ids: Tensor) -> None:
-        """Compute BatchNorm's running statistics afresh: their mean over batches of the samples, in order."""
-        norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
-        momenta = [module.momentum for module in norms]
-        model.eval()
-        for module in norms:
-            module.train()
-            module.reset_running_stats()
-            module.momentum = None  # the cumulative mean, every batch weighing the same
-        with torch.no_grad():
-            for rows in ids.split(self.batch_size) if norms else ():
-                if len(rows) > 1:
-                    model(data.gather(rows, device=self.device, channels_last=self.channels_last).x)
-        for module, momentum in zip(norms, momenta, strict=True):
-            module.momentum = momentum
 
     def _diverged(self, data: ArrayData, ids: Tensor, step: int) -> RunError:
         """Say why the loss is not finite; targets and first weights have been checked before."""

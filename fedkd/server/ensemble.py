@@ -8,487 +8,26 @@ of the members.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedkd.data.proxy import ProxySet
 from fedkd.errors import KnowledgeError, ScenarioError
-from fedkd.scenario import did_you_mean
+from fedkd.server.members import Member, StoredMember
+from fedkd.server.reduces import REDUCES, Reduce
+from fedkd.server.targets import Ids, Targets, as_ids
+from fedkd.server.transforms import Argmax, Transform
 from fedkd.server.weighting import Score, entropy_score, normalise_log
+from fedkd.wording import did_you_mean
 
 if TYPE_CHECKING:
     from fedkd.data.batches import ArrayData
 
-Ids = Tensor | np.ndarray | Sequence[int]
-
-JOINT_ROWS = (
-    2**18
-)  # members × samples that a reduce which needs all members at once may hold; bounds its memory
-TINY = 1e-12  # distances below this count as zero in the geometric median
-
-
-# --- targets ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What a student is distilled towards.
-
-    Parameters
-    ----------
-    values : Tensor
-        Targets, float32, shape [n, C].
-    space : str
-        ``logits`` or ``probs``.
-    ids : Tensor
-        Ids of the samples in their data, int64, shape [n]. Samples without a target are not among them.
-
-    Raises
-    ------
-    KnowledgeError
-        Shapes that do not fit, an unknown space, or values that are not finite.
-    """
-
-    values: Tensor
-    space: str
-    ids: Tensor
-
-    def __post_init__(self) -> None:
-        if self.values.ndim != 2 or self.ids.shape != self.values.shape[:1]:
-            raise KnowledgeError(
-                f"targets of shape {tuple(self.values.shape)} do not fit {tuple(self.ids.shape)} sample ids"
-            )
-        if self.space not in ("logits", "probs"):
-            raise KnowledgeError(f"targets in unknown space {self.space!r}: logits or probs")
-        finite = torch.isfinite(self.values).all(1)
-        if not bool(finite.all()):
-            bad = self.ids[~finite.cpu()]
-            raise KnowledgeError(
-                f"targets of {len(bad)} of {len(self.ids)} samples are not finite, first {int(bad[0])}"
-            )
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def log_probs(self) -> Tensor:
-        """Return log-probabilities, float32, shape [n, C]; a probability of 0 gives -87."""
-        if self.space == "logits":
-            return self.values.log_softmax(1)
-        return self.values.clamp(min=torch.finfo(torch.float32).tiny).log()
-
-
-# --- members ------------------------------------------------------------------------------------------------
-
-
-class Member:
-    """A teacher: something that has outputs for samples. Subclasses define `outputs`.
-
-    Parameters
-    ----------
-    weight : float
-        Weight in the ensemble where it is given no others, >= 0.
-    """
-
-    weight: float = 1.0
-    space: str = "logits"
-    """``logits``, or ``probs`` for members that only know their probabilities."""
-
-    def covers(self, ids: Tensor) -> Tensor:
-        """Return which samples the member has outputs for, bool, shape [n]. Default: all."""
-        return torch.ones(len(ids), dtype=torch.bool)
-
-    def outputs(self, data: ArrayData | None, ids: Tensor, batch_size: int = 512) -> Tensor:
-        """Return the member's outputs in its space.
-
-        Parameters
-        ----------
-        data : ArrayData
-            Data that the ids refer to; None if all members are stored.
-        ids : Tensor
-            Ids of samples that the member covers, int64, shape [n].
-        batch_size : int
-            Samples in a forward pass.
-
-        Returns
-        -------
-        Tensor
-            Shape [n, C], on the CPU.
-        """
-        raise NotImplementedError
-
-
-class ModelMember(Member):
-    """A model that is run on the samples, in evaluation mode.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Module of the architecture; ``forward(x)`` returns `fedkd.models.Outputs`. Members of one architecture
-        share it: its own weights stay untouched.
-    state : mapping of str to Tensor, optional
-        The member's weights; None takes the module's own. Buffers that it lacks are the module's.
-    weight : float
-        Weight in the ensemble.
-    device : str or torch.device
-        Where the model runs; the module returns to where it was.
-    channels_last : bool
-        Memory layout of image batches.
-
-    Raises
-    ------
-    KnowledgeError
-        The state does not fit the module.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        state: Mapping[str, Tensor] | None = None,
-        weight: float = 1.0,
-        *,
-        device: str | torch.device = "cpu",
-        channels_last: bool = False,
-    ) -> None:
-        if state is not None:
-            _check_fit(model, state)
-        self.model, self.state, self.weight = model, state, weight
-        self.device, self.channels_last = device, channels_last
-
-    def outputs(self, data: ArrayData | None, ids: Tensor, batch_size: int = 512) -> Tensor:
-        """Return logits, float32."""
-        if data is None:
-            raise KnowledgeError("a model cannot give targets without data")
-        return predict(
-            self.model,
-            data,
-            ids,
-            state=self.state,
-            device=self.device,
-            batch_size=batch_size,
-            channels_last=self.channels_last,
-        )
-
-
-class StoredMember(Member):
-    """Outputs that are already there, such as a client's upload. It may cover only some of the samples.
-
-    Parameters
-    ----------
-    ids : Tensor
-        Sample ids, each once, shape [n].
-    values : Tensor
-        Outputs, finite, shape [n, C].
-    space : str
-        ``logits`` or ``probs``.
-    weight : float
-        Weight in the ensemble.
-
-    Raises
-    ------
-    KnowledgeError
-        Shapes that do not fit, repeated ids, an unknown space, or values that are not finite.
-    """
-
-    def __init__(self, ids: Ids, values: Tensor, space: str = "logits", weight: float = 1.0) -> None:
-        stored = Targets(values.detach().cpu(), space, _as_ids(ids))  # the same checks
-        self.ids, order = stored.ids.sort()
-        if bool((self.ids[1:] == self.ids[:-1]).any()):
-            raise KnowledgeError("stored outputs hold a sample id twice")
-        self.values, self.space, self.weight = stored.values[order], space, weight
-
-    def covers(self, ids: Tensor) -> Tensor:
-        """Return which samples are stored, bool, shape [n]."""
-        return torch.isin(ids, self.ids)
-
-    def outputs(self, data: ArrayData | None, ids: Tensor, batch_size: int = 512) -> Tensor:
-        """Return the stored rows of these samples.
-
-        Raises
-        ------
-        KnowledgeError
-            Outputs of a sample are not stored.
-        """
-        if not bool(self.covers(ids).all()):
-            raise KnowledgeError("outputs are not stored for all of these samples")
-        return self.values[torch.searchsorted(self.ids, ids)]
-
-
-def predict(
-    model: nn.Module,
-    data: ArrayData,
-    ids: Ids,
-    *,
-    state: Mapping[str, Tensor] | None = None,
-    device: str | torch.device = "cpu",
-    batch_size: int = 512,
-    channels_last: bool = False,
-) -> Tensor:
-    """Return a model's logits in evaluation mode; the model comes back with its weights, modes and device.
-
-    Parameters
-    ----------
-    model : nn.Module
-        ``forward(x)`` returns `fedkd.models.Outputs`.
-    data : ArrayData
-        Where the samples are.
-    ids : Tensor
-        Which samples, shape [n].
-    state : mapping of str to Tensor, optional
-        Weights to use instead of the model's own.
-    device, batch_size, channels_last
-        Where it runs, samples in a forward pass, memory layout of image batches.
-
-    Returns
-    -------
-    Tensor
-        float32 on the CPU, shape [n, C].
-    """
-    chunks = []
-    with borrowed(model, device), torch.inference_mode():
-        model.eval()
-        moved = None if state is None else {name: tensor.to(device) for name, tensor in state.items()}
-        for rows in _as_ids(ids).split(batch_size):
-            x = data.gather(rows, device=device, channels_last=channels_last).x
-            out = model(x) if moved is None else torch.func.functional_call(model, moved, (x,))
-            chunks.append(out.logits.float())
-        logits = torch.cat(chunks).cpu()
-    return logits.clone()  # outside of inference mode: autograd refuses inference tensors
-
-
-@contextmanager
-def borrowed(model: nn.Module, device: str | torch.device) -> Iterator[None]:
-    """Move a model to a device; afterwards it is back where it was, and every module in its mode."""
-    home = next((t.device for t in chain(model.parameters(), model.buffers())), torch.device("cpu"))
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.to(device)
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        model.to(home)
-
-
-# --- transforms ---------------------------------------------------------------------------------------------
-
-
-def era(mean_probs: Tensor, temperature: float = 0.1) -> Tensor:
-    """Sharpen mean probabilities by entropy-reduction aggregation (DS-FL: Itahara et al. 2021).
-
-    Parameters
-    ----------
-    mean_probs : Tensor
-        Mean *probabilities* (not logits), shape [..., C].
-    temperature : float
-        T > 0; 0.1 in the paper.
-
-    Returns
-    -------
-    Tensor
-        softmax(mean_probs / T), shape [..., C].
-
-    Notes
-    -----
-    A softmax of probabilities depends on their differences: it sharpens only where (p_i - p_j)/T >
-    ln(p_i/p_j), and flattens where many classes share the mass. `sharpen` has no such change of regime.
-
-    Examples
-    --------
-    The ratio 0.4 : 0.1 = 4 becomes e³ ≈ 20:
-
-    >>> p = era(torch.tensor([0.4, 0.1, 0.5]))
-    >>> round(float(p[0] / p[1]), 1)
-    20.1
-    """
-    return torch.softmax(mean_probs / temperature, dim=-1)
-
-
-def sharpen(probs: Tensor, beta: float) -> Tensor:
-    """Raise probabilities to a power and renormalise (FedBE: beta = 2; SCARLET's enhanced ERA).
-
-    Parameters
-    ----------
-    probs : Tensor
-        Probabilities, shape [..., C].
-    beta : float
-        Exponent > 0; 1 changes nothing, below 1 flattens.
-
-    Examples
-    --------
-    >>> sharpen(torch.tensor([0.8, 0.2]), 2.0)
-    tensor([0.9412, 0.0588])
-    """
-    powers = (probs / probs.amax(-1, keepdim=True)).pow(
-        beta
-    )  # the largest is 1: no underflow of the whole row
-    return powers / powers.sum(-1, keepdim=True)
-
-
-class Transform(Protocol):
-    """Last step from reduced outputs to targets; gives probabilities."""
-
-    takes: ClassVar[frozenset[str]]
-    """Spaces that it makes sense in."""
-
-    def __call__(self, values: Tensor) -> Tensor:
-        """Return probabilities [n, C] from values [n, C]."""
-        ...
-
-
-@dataclass(frozen=True)
-class Softmax:
-    """Softmax at a temperature: logits → probabilities."""
-
-    temperature: float = 1.0
-    takes: ClassVar[frozenset[str]] = frozenset({"logits"})
-
-    def __post_init__(self) -> None:
-        _require_positive("temperature", self.temperature)
-
-    def __call__(self, values: Tensor) -> Tensor:
-        """Return softmax(values / T)."""
-        return torch.softmax(values / self.temperature, dim=-1)
-
-
-@dataclass(frozen=True)
-class Era:
-    """Entropy-reduction aggregation of probabilities; see `era`."""
-
-    temperature: float = 0.1
-    takes: ClassVar[frozenset[str]] = frozenset({"probs"})
-
-    def __post_init__(self) -> None:
-        _require_positive("temperature", self.temperature)
-
-    def __call__(self, values: Tensor) -> Tensor:
-        """Return softmax(probabilities / T)."""
-        return era(values, self.temperature)
-
-
-@dataclass(frozen=True)
-class Power:
-    """Power and renormalisation of probabilities; see `sharpen`."""
-
-    beta: float
-    takes: ClassVar[frozenset[str]] = frozenset({"probs"})
-
-    def __post_init__(self) -> None:
-        _require_positive("beta", self.beta)
-
-    def __call__(self, values: Tensor) -> Tensor:
-        """Return probabilities^beta, normalised."""
-        return sharpen(values, self.beta)
-
-
-@dataclass(frozen=True)
-class Argmax:
-    """One-hot vector of the largest class; ties go to the lowest."""
-
-    takes: ClassVar[frozenset[str]] = frozenset({"logits", "probs"})
-
-    def __call__(self, values: Tensor) -> Tensor:
-        """Return the one-hot vectors."""
-        return F.one_hot(values.argmax(-1), values.shape[-1]).to(values.dtype)
-
-
-# --- reduces that need all members at once ------------------------------------------------------------------
-
-Reduce = Callable[[Tensor, Tensor], Tensor]
-"""From values [K, n, C] and weights [K, n] (0: no output of this member), both float64, to [n, C]."""
-
-
-def median(values: Tensor, weights: Tensor) -> Tensor:
-    """Return the median of every coordinate over the members present; of two in the middle, their mean.
-
-    Examples
-    --------
-    >>> median(torch.tensor([[[1.0]], [[9.0]], [[2.0]]]).double(), torch.ones(3, 1))
-    tensor([[2.]], dtype=torch.float64)
-    """
-    present = (weights > 0).sum(0)
-    return _mean_of_ranks(values, weights, (present - 1) // 2, present // 2)
-
-
-def trimmed(share: float = 0.2) -> Reduce:
-    """Return the trimmed mean of every coordinate.
-
-    Parameters
-    ----------
-    share : float
-        Share of the members that is left out at each end, in [0, 0.5), rounded down; 0 is the mean.
-    """
-    if not 0 <= share < 0.5:
-        raise ScenarioError(f"the trimmed share must be at least 0 and below 0.5, is {share}")
-
-    def reduce(values: Tensor, weights: Tensor) -> Tensor:
-        present = (weights > 0).sum(0)
-        cut = (present * share + 1e-9).long()
-        return _mean_of_ranks(values, weights, cut, present - 1 - cut)
-
-    return reduce
-
-
-def _mean_of_ranks(values: Tensor, weights: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Mean over members of the sorted values from rank `low` to rank `high` [n]; those absent sort last."""
-    ordered = values.masked_fill((weights <= 0).unsqueeze(2), torch.inf).sort(0).values
-    rank = torch.arange(len(values)).view(-1, 1)
-    keep = ((rank >= low) & (rank <= high)).unsqueeze(2)
-    return torch.where(keep, ordered, 0.0).sum(0) / (high - low + 1).unsqueeze(1)
-
-
-def geometric(iterations: int = 200, tolerance: float = 1e-9) -> Reduce:
-    """Return the weighted geometric median of each sample's outputs: Weiszfeld's iteration from their mean.
-
-    Parameters
-    ----------
-    iterations : int
-        Most iterations.
-    tolerance : float
-        A sample stops when a step is shorter than this, relative to 1 + the norm of the estimate.
-
-    Notes
-    -----
-    Vardi and Zhang's form (PNAS 2000), which does not stick where an estimate meets a member that is not the
-    median.
-    """
-
-    def reduce(values: Tensor, weights: Tensor) -> Tensor:
-        w = weights.unsqueeze(2)
-        estimate = (w * values).sum(0) / w.sum(0)
-        moving = torch.ones(len(estimate), 1, dtype=torch.bool)
-        for _ in range(iterations):
-            offset = values - estimate
-            distance = offset.norm(dim=2, keepdim=True)
-            apart = distance > TINY
-            pull = torch.where(apart, w / distance.clamp(min=TINY), 0.0)
-            target = (pull * values).sum(0) / pull.sum(0).clamp(min=TINY)
-            force = (pull * offset).sum(0).norm(dim=1, keepdim=True)
-            stay = (torch.where(apart, 0.0, w).sum(0) / force.clamp(min=TINY)).clamp(max=1.0)
-            step = (1 - stay) * (target - estimate)
-            # Samples stop one by one, so that a result does not depend on which samples share its chunk.
-            estimate = torch.where(moving, estimate + step, estimate)
-            length, scale = step.norm(dim=1, keepdim=True), 1 + estimate.norm(dim=1, keepdim=True)
-            moving &= length > tolerance * scale
-            if not bool(moving.any()):
-                break
-        return estimate
-
-    return reduce
-
-
-REDUCES: dict[str, Reduce] = {"median": median, "trimmed": trimmed(), "geometric": geometric()}
-"""Reduces by name, beside ``mean``, which is streamed. They are recomputed for chunks of samples."""
-
-
-# --- the ensemble -------------------------------------------------------------------------------------------
+JOINT_ROWS = 2**18  # members × samples that a reduce which needs all members at once may hold; bounds its memory
 
 
 class Ensemble:
@@ -499,7 +38,7 @@ class Ensemble:
     members : sequence of Member
         The teachers, at least one. Their order changes targets by rounding alone.
     space : str
-        What is reduced: ``logits``, ``probs`` (softmax of logits at T = 1), or ``votes`` (one-hot argmax).
+        What is reduced: ``logits``, ``probs`` (softmax of logits at `temperature`), or ``votes`` (one-hot argmax).
     reduce : str or callable
         ``mean``, ``median`` and ``trimmed`` (of every coordinate; a fifth of the members off at each end),
         ``geometric`` (median), or any `Reduce`, such as ``trimmed(0.1)``. Medians of probabilities are
@@ -513,6 +52,8 @@ class Ensemble:
     per : str, optional
         ``class`` or ``sample``: what the second dimension of weights is. Needed without data, or
         if there are as many samples as classes.
+    temperature : float
+        Temperature of the softmax of members' logits in the space ``probs``.
     transform : Transform or sequence of Transform, optional
         Applied to the reduced outputs, in order: `Softmax`, `Era`, `Power`, `Argmax`.
 
@@ -544,12 +85,14 @@ class Ensemble:
         reduce: Literal["mean", "median", "trimmed", "geometric"] | Reduce = "mean",
         weights: str | Sequence[float] | np.ndarray | Tensor | Score | None = None,
         per: Literal["class", "sample"] | None = None,
+        temperature: float = 1.0,
         transform: Transform | Sequence[Transform] | None = None,
     ) -> None:
         self.members = list(members)
         self.space: str = space
         self.reduce = reduce
         self.per = per
+        self.temperature = temperature
         steps: Any = () if transform is None else transform
         self.transform: list[Transform] = list(steps) if isinstance(steps, Sequence) else [steps]
         self.score: Score | None = None
@@ -586,7 +129,7 @@ class Ensemble:
             Weights of the wrong shape for these data.
         """
         array = data.data if isinstance(data, ProxySet) else data
-        wanted = self._ids(array) if ids is None else _as_ids(ids)
+        wanted = self._ids(array) if ids is None else as_ids(ids)
         size = None if array is None else len(array)
         if self.reduce == "mean":
             kept, values = self._mean(array, wanted, batch_size, size)
@@ -602,9 +145,7 @@ class Ensemble:
 
     # --- reducing -------------------------------------------------------------------------------------------
 
-    def _mean(
-        self, data: ArrayData | None, ids: Tensor, batch_size: int, size: int | None
-    ) -> tuple[Tensor, Tensor]:
+    def _mean(self, data: ArrayData | None, ids: Tensor, batch_size: int, size: int | None) -> tuple[Tensor, Tensor]:
         """Weighted mean, one member after the other: covered rows of `ids` [n], and values [n, C]."""
         sums = total = top = torch.empty(0)
         by_class = False
@@ -684,7 +225,7 @@ class Ensemble:
         if self.space == "votes":
             values = Argmax()(values)
         elif self.space == "probs" and member.space == "logits":
-            values = values.softmax(1)
+            values = (values / self.temperature).softmax(1)
         return rows, values
 
     def _weight(self, k: int, ids: Tensor, classes: int, size: int | None) -> Tensor:
@@ -697,9 +238,7 @@ class Ensemble:
         if self._per(len(row), classes, size) == "class":
             return row.unsqueeze(0)
         if int(ids.max()) >= len(row):
-            raise ScenarioError(
-                f"ensemble: weights for {len(row)} samples, but sample {int(ids.max())} is asked for"
-            )
+            raise ScenarioError(f"ensemble: weights for {len(row)} samples, but sample {int(ids.max())} is asked for")
         return row[ids].unsqueeze(1)
 
     def _per(self, length: int, classes: int, size: int | None) -> str:
@@ -713,9 +252,7 @@ class Ensemble:
         samples = "any number of" if size is None else size
         raise ScenarioError(
             f"ensemble: weights of {length} columns for {classes} classes and {samples} samples",
-            hint="say per='class' or per='sample'"
-            if possible
-            else "give one column for each class or each sample",
+            hint="say per='class' or per='sample'" if possible else "give one column for each class or each sample",
         )
 
     def _score(self, k: int, values: Tensor) -> Tensor:
@@ -745,6 +282,8 @@ class Ensemble:
     def _check_options(self) -> None:
         if not self.members:
             raise KnowledgeError("an ensemble needs at least one member")
+        if not 0 < self.temperature < float("inf"):
+            raise ScenarioError(f"ensemble: temperature must be > 0, is {self.temperature}")
         if self.space not in ("logits", "probs", "votes"):
             raise ScenarioError(f"ensemble: space {self.space!r} is unknown", hint="logits, probs or votes")
         if not callable(self.reduce) and self.reduce != "mean" and self.reduce not in REDUCES:
@@ -777,21 +316,15 @@ class Ensemble:
                 raise ScenarioError("ensemble: the weights of all members are 0")
             return
         if self.reduce in ("median", "trimmed"):
-            raise ScenarioError(
-                f"ensemble: reduce {self.reduce!r} takes no weights: it counts every member once"
-            )
+            raise ScenarioError(f"ensemble: reduce {self.reduce!r} takes no weights: it counts every member once")
         if isinstance(weights, str):
             rules = {"entropy": "softmax", "inverse-entropy": "inverse"}
             if weights not in rules:
-                raise ScenarioError(
-                    f"ensemble: weights {weights!r} are unknown", hint=did_you_mean(weights, rules)
-                )
+                raise ScenarioError(f"ensemble: weights {weights!r} are unknown", hint=did_you_mean(weights, rules))
             weights = entropy_score(rules[weights])
         if callable(weights) and not isinstance(weights, Tensor):
             if self.space == "votes":
-                raise ScenarioError(
-                    "ensemble: votes have no entropy to weigh them by", hint="use space = 'probs'"
-                )
+                raise ScenarioError("ensemble: votes have no entropy to weigh them by", hint="use space = 'probs'")
             self.score = cast(Score, weights)
             return
         table = torch.as_tensor(weights).double()
@@ -808,30 +341,4 @@ class Ensemble:
 def _distribution(values: Tensor) -> Tensor:
     """Rescale rows to sum to one; a row of zeros (members that have no class in common) becomes uniform."""
     total = values.sum(1, keepdim=True)
-    return torch.where(total > 0, values / total.clamp(min=TINY), 1.0 / values.shape[1])
-
-
-def _as_ids(ids: Ids) -> Tensor:
-    if isinstance(ids, torch.Tensor):
-        return ids.cpu().long()
-    return torch.tensor(np.asarray(ids), dtype=torch.long)
-
-
-def _require_positive(name: str, value: float) -> None:
-    if not 0 < value < float("inf"):
-        raise ScenarioError(f"{name} must be > 0, is {value}")
-
-
-def _check_fit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    own = model.state_dict()
-    missing = {name for name, _ in model.named_parameters()} - state.keys()
-    extra = state.keys() - own.keys()
-    if missing or extra:
-        raise KnowledgeError(
-            f"weights do not fit the model: missing {sorted(missing)[:3]}, unexpected {sorted(extra)[:3]}"
-        )
-    for name, tensor in state.items():
-        if tensor.shape != own[name].shape:
-            raise KnowledgeError(
-                f"weights do not fit the model: {name} is {tuple(tensor.shape)}, not {tuple(own[name].shape)}"
-            )
+    return torch.where(total > 0, values / total.clamp(min=1e-12), 1.0 / values.shape[1])

@@ -27,7 +27,7 @@ def scores(logits: Tensor, labels: Tensor, bins: int = 15) -> dict[str, Any]:
     dict
         ``accuracy`` in [0, 1]; ``loss``, the mean cross-entropy in nats; ``per_class``, the recall of each class
         (None for a class without test samples); ``calibration_error``, the expected calibration error of Guo et al.
-        2017, eq. 3, in [0, 1].
+        2017, in [0, 1].
 
     Examples
     --------

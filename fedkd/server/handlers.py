@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Context
@@ -10,7 +12,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedkd import flower, plugins
 from fedkd.scenario import Scenario
-from fedkd.server.runtime import Event, ServerRuntime
+from fedkd.server.runtime import LIVE_ONLY, Event, ServerRuntime
+from fedkd.threads import cores
 
 
 def make_app(scenario: Scenario | None = None, on_event: Callable[[Event], None] | None = None) -> ServerApp:
@@ -28,11 +31,31 @@ def make_app(scenario: Scenario | None = None, on_event: Callable[[Event], None]
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         resolved = scenario if scenario is not None else flower.scenario_of(context.run_config)
+        if not resolved.system.server_threads:
+            system = resolved.system.model_copy(update={"server_threads": cores()})
+            resolved = resolved.model_copy(update={"system": system})
         strategy = plugins.make_strategy(resolved)
-        strategy.bind(ServerRuntime(resolved, grid, on_event or _print))
+        listener = on_event or _listener(str(context.run_config.get("out", "")))
+        strategy.bind(ServerRuntime(resolved, grid, listener))
         strategy.start(grid)
 
     return app
+
+
+def _listener(out: str) -> Callable[[Event], None]:
+    """Print events, and append them to ``metrics.jsonl`` in a folder if one is named."""
+    if not out:
+        return _print
+    path = Path(out) / "metrics.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def listen(event: Event) -> None:
+        _print(event)
+        if event["event"] not in LIVE_ONLY:
+            with path.open("a") as file:
+                file.write(json.dumps(event) + "\n")
+
+    return listen
 
 
 def _print(event: dict[str, Any]) -> None:
@@ -43,6 +66,4 @@ def _print(event: dict[str, Any]) -> None:
             flush=True,
         )
     elif event["event"] == "refused":
-        print(
-            f"round {event['round']}: refused client {event['partition_id']}: {event['reason']}", flush=True
-        )
+        print(f"round {event['round']}: refused client {event['partition_id']}: {event['reason']}", flush=True)

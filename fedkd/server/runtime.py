@@ -18,15 +18,24 @@ from torch import Tensor, nn
 from fedkd.data.federation import Federation, build_federation
 from fedkd.data.proxy import ProxySet
 from fedkd.errors import KnowledgeError, RunError
-from fedkd.payloads import CONFIG, Knowledge, State
-from fedkd.students import build_student, pick_device, predict, travelling
+from fedkd.payloads import CONFIG, Knowledge, State, Weights
+from fedkd.students import (
+    build_student,
+    has_batch_norm,
+    pick_device,
+    predict,
+    reestimate_norms,
+    snapshot,
+    travelling,
+)
 
 if TYPE_CHECKING:
     from fedkd.data.batches import ArrayData
     from fedkd.scenario import Scenario
 
 Event = dict[str, Any]
-NODES_TIMEOUT = 120.0  # seconds to wait for a foreign grid's nodes
+LIVE_ONLY = frozenset({"started", "reply"})  # events for progress bars, not for metrics.jsonl
+NODES_TIMEOUT = 30.0  # seconds to wait for a foreign grid's nodes
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +73,7 @@ class Upload:
         KnowledgeError
             The upload holds none.
         """
-        return self.knowledge["weights"].state
+        return self.knowledge.get(Weights).state
 
 
 class ServerRuntime:
@@ -80,17 +89,14 @@ class ServerRuntime:
         Receives every event, a dict that can be written as JSON.
     """
 
-    def __init__(
-        self, scenario: Scenario, grid: Grid, on_event: Callable[[Event], None] | None = None
-    ) -> None:
+    def __init__(self, scenario: Scenario, grid: Grid, on_event: Callable[[Event], None] | None = None) -> None:
         self.scenario = scenario
         self.grid = grid
         self.federation: Federation = build_federation(scenario)
         self.device = pick_device(scenario.system.device)
         self.on_event = on_event or (lambda event: None)
         self.traffic: dict[str, Counter[str]] = {"up": Counter(), "down": Counter()}
-        self._models: dict[str, nn.Module] = {}
-        self._initial: dict[str, State] = {}
+        self._models: dict[str, tuple[nn.Module, State]] = {}
 
     @property
     def seed(self) -> int:
@@ -122,29 +128,44 @@ class ServerRuntime:
 
     def initial(self, arch: str) -> State:
         """Return the part of an architecture's seeded initial state that travels."""
-        if arch not in self._initial:
-            self.model(arch)
-        return self._initial[arch]
+        return self._built(arch)[1]
 
     def model(self, arch: str, state: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """Return the server's module of an architecture with a state loaded.
+        """Return the server's module of an architecture with a state loaded (see `complete`).
 
         The module is reused: the next call with the same `arch` overwrites it.
         """
+        model, _ = self._built(arch)
+        if state is not None:
+            model.load_state_dict(self.complete(arch, state))
+        return model
+
+    def complete(self, arch: str, state: Mapping[str, Tensor]) -> State:
+        """Return a whole state for one that travelled without its running statistics.
+
+        With ``models.buffers = "params_only"`` the server has no statistics of BatchNorm layers: they are estimated
+        on the proxy set, so that they depend on the weights alone and not on what the server did before.
+        """
+        if self.scenario.models.buffers == "all":
+            return dict(state)
+        model, _ = self._built(arch)
+        model.load_state_dict(dict(state), strict=False)
+        if has_batch_norm(model):
+            ids = torch.arange(len(self.proxy))
+            reestimate_norms(model, self.proxy.data, ids, device=self.device, channels_last=self.channels_last)
+        return snapshot(model.state_dict())
+
+    def state_of(self, model: nn.Module) -> State:
+        """Return the part of a model's state that travels."""
+        return snapshot(travelling(model, self.scenario.models.buffers))
+
+    def _built(self, arch: str) -> tuple[nn.Module, State]:
         if arch not in self._models:
             model = build_student(self.scenario, self.federation.dataset, arch).to(self.device)
             if self.channels_last:
                 model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-            self._models[arch] = model
-            self._initial[arch] = travelling(model, self.scenario.models.buffers)
-        model = self._models[arch]
-        if state is not None:
-            model.load_state_dict(dict(state), strict=False)
-        return model
-
-    def state_of(self, model: nn.Module) -> State:
-        """Return the part of a model's state that travels."""
-        return travelling(model, self.scenario.models.buffers)
+            self._models[arch] = (model, self.state_of(model))
+        return self._models[arch]
 
     @property
     def channels_last(self) -> bool:
@@ -202,9 +223,7 @@ class ServerRuntime:
         messages = self.messages(message_type, knowledge, round=round, config=config)
         return self.gather(messages, round=round, check=check)
 
-    def gather(
-        self, messages: Iterable[Message], *, round: int, check: Callable[[Upload], None]
-    ) -> Iterator[Upload]:
+    def gather(self, messages: Iterable[Message], *, round: int, check: Callable[[Upload], None]) -> Iterator[Upload]:
         """Send messages that are ready and yield the checked uploads in partition order, as in `exchange`."""
         replies = self.grid.send_and_receive(messages)
         if not hasattr(self.grid, "nodes"):  # a foreign grid replies in order of arrival
@@ -237,9 +256,7 @@ class ServerRuntime:
             )
         return messages
 
-    def read(
-        self, replies: Iterable[Message], *, round: int, check: Callable[[Upload], None]
-    ) -> Iterator[Upload]:
+    def read(self, replies: Iterable[Message], *, round: int, check: Callable[[Upload], None]) -> Iterator[Upload]:
         """Yield the uploads in replies that are no errors and that `check` accepts; count their bytes."""
         for reply in replies:
             partition_id = self.partition_of[reply.metadata.src_node_id]
@@ -250,8 +267,9 @@ class ServerRuntime:
                 self.traffic["up"].update(received.nbytes)
                 upload = Upload(partition_id, self.federation.archs[partition_id], received, reply)
                 check(upload)
-            except KnowledgeError as refusal:
-                self.emit("refused", round=round, partition_id=partition_id, reason=str(refusal))
+            except Exception as error:  # whatever an upload may cause, it costs its sender alone
+                reason = str(error) if isinstance(error, KnowledgeError) else f"{type(error).__name__}: {error}"
+                self.emit("refused", round=round, partition_id=partition_id, reason=reason)
                 continue
             yield upload
 
@@ -290,7 +308,11 @@ class ServerRuntime:
         table = {}
         for reply in replies:
             if reply.has_error():
-                raise RunError(f"a node could not say which client it is: {reply.error.reason}")
+                raise RunError(
+                    f"a node could not say which client it is: {reply.error.reason}\n"
+                    f"  the scenario has {expected} clients, Flower has {len(node_ids)} nodes; set the number with: "
+                    f"flwr federation simulation-config --num-supernodes {expected}"
+                )
             table[int(reply.content.config_records[CONFIG]["partition-id"])] = reply.metadata.src_node_id  # type: ignore[arg-type]
         missing = [p for p in range(expected) if p not in table]
         if missing:

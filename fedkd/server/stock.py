@@ -12,14 +12,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg
 
 from fedkd.errors import RunError, ScenarioError
-from fedkd.payloads import CONFIG, Weights
+from fedkd.payloads import CONFIG, METRICS, NUM_EXAMPLES, Weights
 from fedkd.server.strategy import DistillationStrategy
 
 _NOT_HERE = {
@@ -165,12 +165,16 @@ class StockStrategy(DistillationStrategy):
                 contents[id(message.content)] = message.content
             server.traffic["down"].update({"weights": weights.nbytes})
         messages.sort(key=lambda message: server.partition_of[message.metadata.dst_node_id])
-        uploads = self.receive(server.gather(messages, round=self.round, check=self.check), keep)
-        arrays, _ = self.inner.aggregate_train(self.round, [upload.message for upload in uploads])
+        uploads = self.receive(server.gather(messages, round=self.round, check=self.checked(self.check)), keep)
+        replies = []
+        for upload in uploads:
+            # Flower refuses the whole round if one client reports other metrics than the rest.
+            loss = upload.knowledge.metrics.get("loss", 0.0)
+            upload.message.content[METRICS] = MetricRecord({NUM_EXAMPLES: upload.num_examples, "loss": loss})
+            replies.append(upload.message)
+        arrays, _ = self.inner.aggregate_train(self.round, replies)
         if arrays is None:
-            raise RunError(
-                f"round {self.round}: flwr:{self.inner_class.__name__} could not aggregate the replies"
-            )
+            raise RunError(f"round {self.round}: flwr:{self.inner_class.__name__} could not aggregate the replies")
         self.students = {self.arch: _like(weights.state, arrays)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -194,9 +198,7 @@ def _like(reference: Mapping[str, torch.Tensor], arrays: ArrayRecord) -> dict[st
     state = {}
     for name, old in reference.items():
         new = torch.from_numpy(np.array(arrays[name].numpy()))
-        state[name] = (
-            (new if old.is_floating_point() else new.double().round()).to(old.dtype).reshape(old.shape)
-        )
+        state[name] = (new if old.is_floating_point() else new.double().round()).to(old.dtype).reshape(old.shape)
     return state
 
 

@@ -20,8 +20,9 @@ from fedkd.errors import KnowledgeError, RunError
 from fedkd.payloads import Knowledge, State, Weights
 from fedkd.seeds import Purpose, rng
 from fedkd.server.averaging import average
-from fedkd.server.ensemble import Ensemble, ModelMember
+from fedkd.server.ensemble import Ensemble
 from fedkd.server.evaluation import agreement, scores, spread
+from fedkd.server.members import ModelMember
 from fedkd.server.runtime import ServerRuntime, Upload
 from fedkd.server.selection import select
 
@@ -114,7 +115,7 @@ class DistillationStrategy(Strategy):
         KnowledgeError
             With the reason; the upload is counted as refused and the round goes on.
         """
-        weights: Weights = upload.knowledge["weights"]
+        weights = upload.knowledge.get(Weights)
         if weights.arch != upload.arch:
             raise KnowledgeError(f"weights of {weights.arch} from a client with {upload.arch}")
         weights.check(self.server.initial(upload.arch))
@@ -159,7 +160,7 @@ class DistillationStrategy(Strategy):
         return [
             ModelMember(
                 self.server.model(u.arch),
-                u.state,
+                self.server.complete(u.arch, u.state),
                 device=self.server.device,
                 channels_last=self.server.channels_last,
             )
@@ -188,8 +189,19 @@ class DistillationStrategy(Strategy):
             Further scalars for the clients.
         """
         return self.server.exchange(
-            action, knowledge, round=self.round, check=check or self.check, config=config
+            action, knowledge, round=self.round, check=self.checked(check or self.check), config=config
         )
+
+    def checked(self, check: Callable[[Upload], None]) -> Callable[[Upload], None]:
+        """Return a check that also refuses a number of examples that the client cannot have."""
+
+        def both(upload: Upload) -> None:
+            held = int(self.server.federation.sizes[upload.partition_id])
+            if upload.num_examples > held:
+                raise KnowledgeError(f"{upload.num_examples} examples from a client that has {held}")
+            check(upload)
+
+        return both
 
     def rng(self, purpose: Purpose = Purpose.METHOD_SERVER) -> np.random.Generator:
         """Return the server's generator for a purpose in this round."""
@@ -234,7 +246,7 @@ class DistillationStrategy(Strategy):
         num_rounds : int
             Rounds in all; 0 takes the scenario's.
         timeout, train_config, evaluate_config, evaluate_fn
-            Of Flower's signature; evaluation is the scenario's.
+            Of Flower's signature, not used: settings and evaluation are the scenario's.
         after_round : callable
             Called when a round is complete (checkpoints).
 
@@ -248,7 +260,7 @@ class DistillationStrategy(Strategy):
         scenario = self.server.scenario
         rounds = num_rounds or scenario.run.rounds
         if initial_arrays is not None:
-            first = next(iter(self.students))
+            first = next(iter(self.students), self.server.server_arch)
             self.students[first] = {k: torch.from_numpy(a.numpy()) for k, a in initial_arrays.items()}
         threads = torch.get_num_threads()
         if scenario.system.server_threads:
@@ -308,7 +320,10 @@ class DistillationStrategy(Strategy):
 
     def train(self, selected: list[int], keep: bool) -> None:
         """Broadcast, let the clients train, and fuse what they share."""
-        self.fuse(self.receive(self.exchange("train", self.broadcast(selected)), keep))
+        uploads = self.receive(self.exchange("train", self.broadcast(selected)), keep)
+        self.fuse(uploads)
+        if next(uploads, None) is not None:
+            raise RunError(f"{type(self).__name__}.fuse left uploads unread: nobody trains unless they are read")
 
     def receive(self, uploads: Iterable[Upload], keep: bool) -> Iterator[Upload]:
         """Pass uploads through: count them, average their metrics, keep them as members if asked to.
@@ -355,8 +370,11 @@ class DistillationStrategy(Strategy):
             chosen = self.select() if run.evaluate_clients == "selected" else federation.eligible
             measured["clients-local"] = self.evaluate_clients(chosen, on="local")
         record: dict[str, Any] = {**self.headline(measured), "predictors": measured}
-        if "ensemble" in logits and "server" in logits:
-            record["agreement"] = agreement(logits["server"], logits["ensemble"])
+        students = [name for name in logits if name.partition("/")[0] == "server"]
+        if "ensemble" in logits and students:
+            for name in students:
+                measured[name]["agreement"] = agreement(logits[name], logits["ensemble"])
+            record["agreement"] = sum(measured[name]["agreement"] for name in students) / len(students)
         return record
 
     def headline(self, measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -369,9 +387,7 @@ class DistillationStrategy(Strategy):
             return {"accuracy": sum(servers) / len(servers), "whose": f"mean of {len(servers)} server models"}
         return {}
 
-    def evaluate_clients(
-        self, partition_ids: Iterable[int], on: Literal["local", "global"]
-    ) -> dict[str, float]:
+    def evaluate_clients(self, partition_ids: Iterable[int], on: Literal["local", "global"]) -> dict[str, float]:
         """Let clients evaluate: the global model if there is one, else their own.
 
         Parameters
@@ -387,11 +403,14 @@ class DistillationStrategy(Strategy):
             ``accuracy`` (mean over clients), ``worst_decile``, ``clients``; empty if nobody has test data.
         """
         chosen = [int(p) for p in partition_ids]
-        knowledge = self.broadcast(chosen) if self.shares_weights else dict.fromkeys(chosen, Knowledge())
-        traffic = {way: kinds.copy() for way, kinds in self.server.traffic.items()}
-        replies = self.exchange("evaluate", knowledge, check=lambda upload: None, config={"on": on})
+        server = self.server
+        models = {arch: Knowledge.of(Weights(state, arch)) for arch, state in self.students.items()}
+        nothing = Knowledge()
+        knowledge = {p: models[server.federation.archs[p]] if self.shares_weights else nothing for p in chosen}
+        traffic = {way: kinds.copy() for way, kinds in server.traffic.items()}
+        replies = server.exchange("evaluate", knowledge, round=self.round, check=_check_accuracy, config={"on": on})
         accuracies = [u.knowledge.metrics["accuracy"] for u in replies if u.num_examples]
-        self.server.traffic = traffic  # what the simulator measures does not travel in the method
+        server.traffic = traffic  # what the simulator measures does not travel in the method
         return spread(accuracies) if accuracies else {}
 
     # --- Flower's own interface, in terms of the verbs ---------------------------------------------------------
@@ -412,7 +431,7 @@ class DistillationStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Fuse replies and distill (Flower's interface)."""
-        uploads = self.server.read(replies, round=server_round, check=self.check)
+        uploads = self.server.read(replies, round=server_round, check=self.checked(self.check))
         self.train_metrics = {}
         self.fuse(self.receive(uploads, keep=self.keeps_members))
         self.distill()
@@ -430,3 +449,9 @@ class DistillationStrategy(Strategy):
 
     def summary(self) -> None:
         """Print nothing: runs report themselves (Flower's interface)."""
+
+
+def _check_accuracy(upload: Upload) -> None:
+    """Refuse an evaluation without an accuracy, or with one outside [0, 1]."""
+    if not 0 <= upload.knowledge.metrics.get("accuracy", -1.0) <= 1:
+        raise KnowledgeError("an evaluation without an accuracy between 0 and 1")

@@ -92,9 +92,7 @@ def by_certainty(scores: np.ndarray | Tensor) -> Tensor:
     return _columns(_non_negative(scores, "certainty scores", dims=2))
 
 
-def by_entropy(
-    probs: Tensor, rule: Literal["softmax", "inverse"] = "softmax", mask: Tensor | None = None
-) -> Tensor:
+def by_entropy(probs: Tensor, rule: Literal["softmax", "inverse"] = "softmax", mask: Tensor | None = None) -> Tensor:
     """Return weights for each sample that fall with the entropy H of a member's prediction.
 
     Parameters
@@ -162,17 +160,13 @@ def normalise_log(log_weights: Tensor) -> Tensor:
 
 def _columns(weights: Tensor) -> Tensor:
     total = weights.sum(0)
-    return torch.where(
-        total > 0, weights / total.clamp(min=torch.finfo(torch.float64).tiny), 1.0 / len(weights)
-    )
+    return torch.where(total > 0, weights / total.clamp(min=torch.finfo(torch.float64).tiny), 1.0 / len(weights))
 
 
 def _non_negative(values: Sequence[int] | np.ndarray | Tensor, what: str, dims: int) -> Tensor:
     tensor = torch.as_tensor(values).double()
     if tensor.ndim != dims or not len(tensor):
-        raise KnowledgeError(
-            f"{what} have shape {tuple(tensor.shape)}, not {dims} dimension(s) with members first"
-        )
+        raise KnowledgeError(f"{what} have shape {tuple(tensor.shape)}, not {dims} dimension(s) with members first")
     if not bool(torch.isfinite(tensor).all()) or bool((tensor < 0).any()):
         raise KnowledgeError(f"{what} must be finite and not negative")
     return tensor

@@ -108,9 +108,7 @@ def test_reflection_pads_with_pixels():
 def test_augmentation_depends_on_its_generator_alone():
     data = colour()
     ids = np.arange(6)
-    one, other = (
-        data.gather(ids, augment="crop-flip", generator=torch.Generator().manual_seed(s)).x for s in (0, 1)
-    )
+    one, other = (data.gather(ids, augment="crop-flip", generator=torch.Generator().manual_seed(s)).x for s in (0, 1))
     torch.manual_seed(5)
     again = data.gather(ids, augment="crop-flip", generator=torch.Generator().manual_seed(0)).x
 

@@ -21,9 +21,7 @@ def write_parquet(folder, **columns):
 
     folder.mkdir(exist_ok=True)
     for part, n in (("train", 6), ("test", 3)):
-        datasets.Dataset.from_dict({k: v[:n] for k, v in columns.items()}).to_parquet(
-            str(folder / f"{part}.parquet")
-        )
+        datasets.Dataset.from_dict({k: v[:n] for k, v in columns.items()}).to_parquet(str(folder / f"{part}.parquet"))
 
 
 def test_texts_from_parquet(tmp_path):

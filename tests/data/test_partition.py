@@ -15,9 +15,7 @@ from fedkd.errors import ScenarioError
 def divide(labels, seed=0, natural_ids=None, **spec):
     labels = np.asarray(labels)
     classes = int(labels.max()) + 1
-    return partition(
-        labels, scenario.Partition(**spec), num_classes=classes, seed=seed, natural_ids=natural_ids
-    )
+    return partition(labels, scenario.Partition(**spec), num_classes=classes, seed=seed, natural_ids=natural_ids)
 
 
 def labels_of(samples=300, classes=5, seed=0):
@@ -69,9 +67,7 @@ def test_every_partitioner(name, min_samples):
 
     assert_sound(done, 300, 10, covers)
     assert min(map(len, done.indices)) >= min_samples
-    assert (
-        all(np.array_equal(a, b) for a, b in zip(done.indices, again.indices)) and done.notes == again.notes
-    )
+    assert all(np.array_equal(a, b) for a, b in zip(done.indices, again.indices)) and done.notes == again.notes
     if "natural" not in name:
         assert any(not np.array_equal(a, b) for a, b in zip(done.indices, other.indices))
 

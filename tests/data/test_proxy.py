@@ -59,9 +59,9 @@ def test_held_out(labelled):
     assert np.allclose(batch.x[:, 0].numpy(), (raw - dataset.mean[0]) / dataset.std[0], atol=1e-5)
     if labelled:
         assert np.array_equal(proxy.labels, dataset.y_train[held_out])
-        assert proxy.capabilities == {"proxy", "proxy-labels", "proxy-same-shape"}
+        assert proxy.capabilities == {"proxy", "proxy-labels", "same-shape"}
     else:
-        assert proxy.capabilities == {"proxy", "proxy-same-shape"} and batch.y.tolist() == [-1, -1]
+        assert proxy.capabilities == {"proxy", "same-shape"} and batch.y.tolist() == [-1, -1]
         with pytest.raises(ScenarioError) as error:
             _ = proxy.labels
         assert error.value.key == "proxy.labelled"
@@ -90,7 +90,7 @@ def test_foreign_images_take_the_shape_of_the_task(write_npz, shape):
     other = write_npz("other.npz", x_train=grey, x_test=grey[:8])
     proxy, dataset, _ = build({"source": f"npz:{task}"}, source=f"npz:{other}")
 
-    assert proxy is not None and not proxy.same_shape and "proxy-same-shape" not in proxy.capabilities
+    assert proxy is not None and not proxy.same_shape and "same-shape" not in proxy.capabilities
     x = proxy.data.gather(proxy.ids).x
     wanted = (100 / 255 - np.array(dataset.mean)) / np.array(dataset.std)
     assert x.shape == (20, 3, 6, 5) and np.allclose(x.numpy(), wanted[None, :, None, None], atol=1e-5)

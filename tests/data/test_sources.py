@@ -233,8 +233,6 @@ def test_real_files(name, kind, shape, classes):
 
     assert (data.kind, data.input_shape, data.num_classes) == (kind, shape, classes)
     if name == "mnist":
-        assert data.mean == pytest.approx([0.1307], abs=1e-4) and data.std == pytest.approx(
-            [0.3081], abs=1e-4
-        )
+        assert data.mean == pytest.approx([0.1307], abs=1e-4) and data.std == pytest.approx([0.3081], abs=1e-4)
     if name == "ag_news":
         assert data.vocab is not None and data.vocab_size > data.x_train.max()

@@ -46,9 +46,7 @@ def counting_app():
             "num-examples": partition + 1,
             "lr": context.run_config.get("lr", 0.0),
         }
-        return Message(
-            RecordDict({"arrays": ArrayRecord(summed), "metrics": MetricRecord(metrics)}), reply_to=message
-        )
+        return Message(RecordDict({"arrays": ArrayRecord(summed), "metrics": MetricRecord(metrics)}), reply_to=message)
 
     @app.query("forget")
     def forget(message, context):

@@ -23,11 +23,7 @@ def test_nobody_selected():
     assert longest_first([], []) == []
 
 
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 10_000), st.sampled_from("abc")), unique_by=lambda c: c[0], max_size=200
-    )
-)
+@given(st.lists(st.tuples(st.integers(0, 10_000), st.sampled_from("abc")), unique_by=lambda c: c[0], max_size=200))
 def test_every_client_is_in_one_cohort_whatever_the_order(clients):
     cohorts = compose([p for p, _ in clients], [a for _, a in clients])
 

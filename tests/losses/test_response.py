@@ -88,9 +88,7 @@ def test_not_true_distillation_with_two_classes_is_nothing(kind):
     student = torch.tensor([[1.0, -2.0], [0.3, 5.0]], requires_grad=True)
     teacher = torch.tensor([[0.1, 4.0], [-3.0, 0.2]])
     mask = not_true_mask(torch.tensor([0, 1]), 2)
-    loss = kd(
-        student, teacher, temperature=3.0, reduction="batchmean", t_squared=True, class_mask=mask, kind=kind
-    )
+    loss = kd(student, teacher, temperature=3.0, reduction="batchmean", t_squared=True, class_mask=mask, kind=kind)
     loss.backward()
     assert loss.item() == 0
     assert student.grad is not None and not student.grad.any()
@@ -148,9 +146,7 @@ def test_against_numpy(seed, direction):
     a, b, w = rng.normal(size=(6, 5)) * 4, rng.normal(size=(6, 5)) * 4, rng.random(6)
     log_s, log_t = log_softmax(a / 2.5, axis=1), log_softmax(b / 2.5, axis=1)
     first, second = (log_t, log_s) if direction == "forward" else (log_s, log_t)
-    expected = sum(
-        w[n] * math.exp(first[n, c]) * (first[n, c] - second[n, c]) for n in range(6) for c in range(5)
-    )
+    expected = sum(w[n] * math.exp(first[n, c]) * (first[n, c] - second[n, c]) for n in range(6) for c in range(5))
     loss = kd(
         torch.from_numpy(a),
         torch.from_numpy(b),
@@ -262,9 +258,7 @@ def test_correlation_against_scipy():
     s, t = softmax(a / 2, axis=1), softmax(b / 2, axis=1)
     inter = np.mean([1 - pearsonr(s[n], t[n])[0] for n in range(6)])
     intra = np.mean([1 - pearsonr(s[:, c], t[:, c])[0] for c in range(4)])
-    loss = correlation(
-        torch.from_numpy(a), torch.from_numpy(b), temperature=2.0, t_squared=True, beta=1.5, gamma=0.5
-    )
+    loss = correlation(torch.from_numpy(a), torch.from_numpy(b), temperature=2.0, t_squared=True, beta=1.5, gamma=0.5)
     close(loss, 4 * (1.5 * inter + 0.5 * intra), 1e-9)
     same = correlation(torch.from_numpy(a), torch.from_numpy(a), temperature=2.0, t_squared=True)
     close(same, 0, 1e-12)

@@ -29,9 +29,7 @@ def parameters(model: nn.Module) -> int:
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
-    return all(
-        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    )
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize("norm", ["group", "batch", "none"])
@@ -174,9 +172,7 @@ def test_text_is_the_mean_of_embeddings_without_padding():
     # Padding counts for nothing even if its embedding is not zero, as in a file made elsewhere.
     with torch.no_grad():
         table[0] = 9.0
-    torch.testing.assert_close(
-        model(torch.tensor([[5, 0, 0, 7, 0, 0]])).features[0], (table[5] + table[7]) / 2
-    )
+    torch.testing.assert_close(model(torch.tensor([[5, 0, 0, 7, 0, 0]])).features[0], (table[5] + table[7]) / 2)
 
 
 def test_mlp_takes_vectors():
@@ -213,9 +209,9 @@ def test_names_and_descriptions():
         ("text", {"kind": "tokens", "input_shape": (6,)}, "models.student", "needs a vocabulary"),
         ("cnn", {"input_shape": (1, 7, 9)}, "models.student", "not 7x9"),
         ("cnn", {"widht": 2}, "models.options", "did you mean 'width'"),
-        ("cnn", {"width": 0}, "models.options", "width = 0"),
-        ("mlp", {"hidden": []}, "models.options", "hidden = "),
-        ("mlp", {"hidden": [0]}, "models.options", "hidden = "),
+        ("cnn", {"width": 0}, "models.options", r"width must be a number in \(0, 64\], is 0"),
+        ("mlp", {"hidden": []}, "models.options", "hidden must be a list of 1 or more whole numbers >= 1"),
+        ("mlp", {"hidden": [0]}, "models.options", r"hidden must be .*, is \[0\]"),
         ("cnn", {"norm": "layer"}, "models.norm", "group, batch or none"),
         ("cnn", {"pretrained": "no/such.safetensors"}, "models.pretrained", "no file"),
     ],

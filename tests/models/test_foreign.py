@@ -99,9 +99,7 @@ def test_torchvision_models_are_seeded_and_leave_the_generator_alone():
 def test_norms_of_torchvision_models():
     def counts(norm):
         modules = list(build("torchvision:resnet18", (3, 32, 32), norm=norm).modules())
-        return sum(isinstance(m, nn.BatchNorm2d) for m in modules), sum(
-            isinstance(m, nn.GroupNorm) for m in modules
-        )
+        return sum(isinstance(m, nn.BatchNorm2d) for m in modules), sum(isinstance(m, nn.GroupNorm) for m in modules)
 
     assert counts("batch") == (20, 0) and counts("group") == (0, 20) and counts("none") == (0, 0)
     with pytest.raises(ScenarioError, match="batch of one"):

@@ -114,9 +114,7 @@ def test_markdown_and_latex_escape_what_they_must():
 
 
 def test_markdown_columns_line_up():
-    lines = to_markdown(
-        aggregate([row("fedavg", 0, 0.5, seconds=1.0), row("fd", 0, 0.25, seconds=100.0)])
-    ).splitlines()
+    lines = to_markdown(aggregate([row("fedavg", 0, 0.5, seconds=1.0), row("fd", 0, 0.25, seconds=100.0)])).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert len({tuple(i for i, c in enumerate(line) if c == "|") for line in lines}) == 1
 
@@ -124,10 +122,7 @@ def test_markdown_columns_line_up():
 def test_latex_is_booktabs_with_plus_minus():
     text = to_latex(aggregate([row("fd", s, b) for s, b in enumerate([0.6, 0.8])]))
     assert (
-        text.index(r"\toprule")
-        < text.index(r"\midrule")
-        < text.index("70.0 $\\pm$ 14.1")
-        < text.index(r"\bottomrule")
+        text.index(r"\toprule") < text.index(r"\midrule") < text.index("70.0 $\\pm$ 14.1") < text.index(r"\bottomrule")
     )
 
 

@@ -14,7 +14,10 @@ from fedkd.errors import KnowledgeError, RunError, ScenarioError
 from fedkd.models import Outputs, build
 from fedkd.seeds import Purpose, rng
 from fedkd.server.distiller import Distiller
-from fedkd.server.ensemble import Ensemble, ModelMember, Targets, predict
+from fedkd.server.ensemble import Ensemble
+from fedkd.server.members import ModelMember
+from fedkd.server.targets import Targets
+from fedkd.students import predict
 
 
 class Net(nn.Module):
@@ -64,9 +67,7 @@ def test_one_step_of_sgd_by_hand() -> None:
     # KL = 3/4 log(3/2) + 1/4 log(1/2) = 0.304099 - 0.173287 = 0.130812
     # d KL / d logits = s - t = (-1/4, 1/4); d KL / d weight = 2·(-1/4, 1/4); step of 0.1: (0.05, -0.05)
     model = Net(1, 2)
-    report = plain(steps=1).fit(
-        model, vectors([[2.0]]), targets_for([[0.75, 0.25]], "probs"), generator=generator()
-    )
+    report = plain(steps=1).fit(model, vectors([[2.0]]), targets_for([[0.75, 0.25]], "probs"), generator=generator())
     assert model.head.weight.flatten().tolist() == pytest.approx([0.05, -0.05])
     assert report.loss_first == pytest.approx(0.130812, abs=1e-6) == report.loss_last
     assert (report.steps, report.best_score, report.stopped_early) == (1, None, False)
@@ -84,9 +85,7 @@ def test_one_step_of_sgd_by_hand() -> None:
 )
 def test_settings_of_a_step_by_hand(options: dict, factor: float) -> None:
     model = Net(1, 2)
-    plain(steps=1, **options).fit(
-        model, vectors([[2.0]]), targets_for([[0.75, 0.25]], "probs"), generator=generator()
-    )
+    plain(steps=1, **options).fit(model, vectors([[2.0]]), targets_for([[0.75, 0.25]], "probs"), generator=generator())
     assert model.head.weight.flatten().tolist() == pytest.approx([0.05 * factor, -0.05 * factor], rel=1e-4)
 
 

@@ -16,23 +16,13 @@ from fedkd.data.proxy import ProxySet
 from fedkd.errors import KnowledgeError, ScenarioError
 from fedkd.models import Outputs, build
 from fedkd.server import ensemble as module
-from fedkd.server.ensemble import (
-    Argmax,
-    Ensemble,
-    Era,
-    Member,
-    ModelMember,
-    Power,
-    Softmax,
-    StoredMember,
-    Targets,
-    era,
-    geometric,
-    predict,
-    sharpen,
-    trimmed,
-)
+from fedkd.server.ensemble import Ensemble
+from fedkd.server.members import Member, ModelMember, StoredMember
+from fedkd.server.reduces import geometric, trimmed
+from fedkd.server.targets import Targets
+from fedkd.server.transforms import Argmax, Era, Power, Softmax, era, sharpen
 from fedkd.server.weighting import by_class, by_entropy
+from fedkd.students import predict
 
 
 def stored(*rows: list[float], ids: list[int] | None = None, space: str = "logits", weight: float = 1.0):
@@ -263,9 +253,7 @@ def test_transforms_in_an_ensemble() -> None:
     assert values(members, space="probs", transform=Era()).flatten().tolist() == pytest.approx(
         [1 / (1 + math.exp(-2)), 1 / (1 + math.exp(2))]
     )
-    assert values(members, space="probs", transform=Power(2)).flatten().tolist() == pytest.approx(
-        [36 / 52, 16 / 52]
-    )
+    assert values(members, space="probs", transform=Power(2)).flatten().tolist() == pytest.approx([36 / 52, 16 / 52])
     assert values(members, space="probs", transform=Power(1)).flatten().tolist() == pytest.approx([0.6, 0.4])
     assert values(members, space="probs", transform=[Power(2), Argmax()]).tolist() == [[1.0, 0.0]]
     # softmax((0, 2 log 3) / 2) = (1/4, 3/4)

@@ -39,9 +39,7 @@ def test_worst_decile_is_the_mean_of_the_worst_tenth_and_at_least_one_client():
 
 
 def test_selection_depends_on_seed_and_round_alone():
-    assert select(range(20), 20, 0.4, seed=0, round=1) == select(
-        [*range(19, -1, -1)], 20, 0.4, seed=0, round=1
-    )
+    assert select(range(20), 20, 0.4, seed=0, round=1) == select([*range(19, -1, -1)], 20, 0.4, seed=0, round=1)
     assert len(select(range(20), 20, 0.4, seed=0, round=1)) == 8
     assert select(range(20), 20, 0.4, seed=0, round=1) != select(range(20), 20, 0.4, seed=0, round=2)
     assert select(range(20), 20, 0.4, seed=0, round=1) != select(range(20), 20, 0.4, seed=1, round=1)

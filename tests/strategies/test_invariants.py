@@ -70,6 +70,37 @@ def test_a_scenario_term_of_weight_zero_changes_no_bit(small, federate, teacher)
     assert "kd" in rounds_of(events)[-1]["train"]
 
 
+def test_two_terms_that_share_a_teacher_give_the_sum_of_their_weights(small, federate):
+    one = {"loss": "kd", "weight": 0.5, "teacher": "last:2"}
+    idle = {"loss": "mse", "weight": 0.0, "teacher": "last:2"}
+    alone, _ = federate(small("fedavg", client__terms=[one]))
+    both, _ = federate(small("fedavg", client__terms=[one, idle]))
+    equal_students(alone, both)
+    average = {"loss": "kd", "weight": 0.5, "teacher": "ema:0.9"}
+    alone, _ = federate(small("fedavg", client__terms=[average]))
+    both, _ = federate(small("fedavg", client__terms=[average, average | {"weight": 0.0}]))
+    equal_students(alone, both)
+
+
+def test_fd_with_gamma_zero_is_training_alone(small, federate):
+    from fedkd.client.local import LocalTraining
+    from strategies.fd import FD, ClassMeans
+
+    class Alone(ClassMeans):
+        """Cross-entropy and nothing else."""
+
+        loss = LocalTraining.loss
+
+    _, with_zero = federate(small({"name": "fd", "gamma": 0.0}))
+    original, FD.local = FD.local, Alone
+    try:
+        _, alone = federate(small("fd"))
+    finally:
+        FD.local = original
+    assert [e["accuracy"] for e in rounds_of(with_zero)] == [e["accuracy"] for e in rounds_of(alone)]
+    assert [e["predictors"] for e in rounds_of(with_zero)] == [e["predictors"] for e in rounds_of(alone)]
+
+
 def test_a_scenario_term_pulls_the_student_to_its_teacher(small, federate):
     strong = {"loss": "kd", "weight": 2.0, "teacher": "global"}
     start = federate(small("fedavg"), rounds=1)[0].students["mlp"]
@@ -159,3 +190,6 @@ def test_different_models_in_one_federation(small, federate, name):
     assert last["received"] == 6 and 0 <= last["accuracy"] <= 1
     whose = {"fd": "clients", "dsfl": "server"}.get(name, "mean of 3 server models")
     assert last["whose"] == whose
+    if name not in ("fd", "dsfl"):
+        each = [last["predictors"][f"server/{arch}"]["agreement"] for arch in ("mlp", "cnn", "resnet8")]
+        assert last["agreement"] == pytest.approx(sum(each) / 3)

@@ -7,7 +7,7 @@ import torch
 
 from fedkd.data.batches import Batch
 from fedkd.models import Outputs
-from fedkd.payloads import ClassOutputs, ProxyOutputs
+from fedkd.payloads import ClassOutputs, Knowledge, ProxyOutputs, Weights
 from strategies.dsfl import DSFL, soft_cross_entropy
 from strategies.fd import FD, ClassMeans
 from strategies.fedgkd import FedGKD, GlobalDistillation
@@ -62,9 +62,7 @@ def test_fedntd_leaves_the_true_class_out_of_both_softmaxes():
 
 def test_fedntd_with_two_classes_has_no_distillation():
     local = NotTrueDistillation(FedNTD())
-    terms = local.loss(
-        {}, batch(0, 1), outputs([3.0, -1.0], [0.5, 2.0]), (outputs([0.0, 9.0], [4.0, 1.0]),), {}
-    )
+    terms = local.loss({}, batch(0, 1), outputs([3.0, -1.0], [0.5, 2.0]), (outputs([0.0, 9.0], [4.0, 1.0]),), {})
     assert float(terms["ntd"]) == 0.0
 
 
@@ -72,9 +70,7 @@ def test_fedntd_with_two_classes_has_no_distillation():
 def test_a_student_that_equals_its_teacher_has_loss_zero(local):
     out = outputs([1.0, -2.0, 0.5], [0.0, 3.0, 1.0])
     terms = local.loss({}, batch(0, 2), out, (out,), {})
-    assert float(terms[{"FedGKD": "kd", "FedNTD": "ntd"}[type(local.method).__name__]]) == pytest.approx(
-        0, abs=1e-7
-    )
+    assert float(terms[{"FedGKD": "kd", "FedNTD": "ntd"}[type(local.method).__name__]]) == pytest.approx(0, abs=1e-7)
 
 
 def test_fd_regularises_with_cross_entropy_towards_the_mean_of_the_label():
@@ -108,8 +104,7 @@ def _fd_with(tables, **hyper):
     strategy = FD(**hyper)
     strategy.server = _Classes()
     strategy.tables = {
-        p: ClassOutputs(torch.tensor(means), torch.tensor(counts), "probs")
-        for p, (means, counts) in tables.items()
+        p: ClassOutputs(torch.tensor(means), torch.tensor(counts), "probs") for p, (means, counts) in tables.items()
     }
     return strategy
 
@@ -129,9 +124,7 @@ def test_fd_sends_the_mean_of_the_others_and_masks_what_nobody_else_has():
     torch.testing.assert_close(for_0.means, torch.tensor([[0.8, 0.2], [0.0, 0.0]]))
     assert for_0.present.tolist() == [True, False]  # only client 0 itself has class 1
 
-    for_1 = strategy.table_for(
-        1, *total
-    )  # plain mean of clients 0 and 2; zeros of missing classes are not in it
+    for_1 = strategy.table_for(1, *total)  # plain mean of clients 0 and 2; zeros of missing classes are not in it
     torch.testing.assert_close(for_1.means, torch.tensor([[0.9, 0.1], [0.4, 0.6]]))
     for_1.check(2, "probs")
 
@@ -151,7 +144,7 @@ class _Said:
     """An upload that holds given outputs."""
 
     def __init__(self, rows):
-        self.knowledge = {"proxy-outputs": ProxyOutputs(torch.tensor([3, 8]), torch.tensor(rows), "probs")}
+        self.knowledge = Knowledge.of(ProxyOutputs(torch.tensor([3, 8]), torch.tensor(rows), "probs"))
 
 
 def test_dsfl_averages_probabilities_and_sharpens_the_mean():
@@ -196,6 +189,14 @@ def test_feddf_of_one_client_has_nothing_to_distil(small, federate):
     assert report["loss_first"] == pytest.approx(0.0, abs=1e-6)
 
 
+@pytest.mark.parametrize("space", ["logits", "probs"])
+def test_feddf_of_one_client_has_nothing_to_distil_at_any_temperature(small, federate, space):
+    method = {"name": "feddf", "steps": 5, "space": space, "temperature": 2.0}
+    _, events = federate(small(method, run__participation=0.01, run__rounds=1))
+    report = next(e for e in events if e["event"] == "round")["distill"]["mlp"]
+    assert report["loss_first"] == pytest.approx(0.0, abs=1e-6)
+
+
 def test_feddf_moves_the_average_towards_the_ensemble(small, federate):
     scenario = small({"name": "feddf", "steps": 200, "batch_size": 32, "lr": 0.01}, run__rounds=1)
     _, events = federate(scenario)
@@ -205,9 +206,7 @@ def test_feddf_moves_the_average_towards_the_ensemble(small, federate):
 
 def test_feddf_can_start_from_the_previous_student(small, federate):
     average, _ = federate(small({"name": "feddf", "steps": 1, "lr": 1e-9}, run__rounds=1))
-    previous, _ = federate(
-        small({"name": "feddf", "steps": 1, "lr": 1e-9, "student_from": "previous"}, run__rounds=1)
-    )
+    previous, _ = federate(small({"name": "feddf", "steps": 1, "lr": 1e-9, "student_from": "previous"}, run__rounds=1))
     initial = previous.server.initial("mlp")
     for name, tensor in previous.students["mlp"].items():
         torch.testing.assert_close(tensor, initial[name], atol=1e-6, rtol=0)
@@ -215,9 +214,7 @@ def test_feddf_can_start_from_the_previous_student(small, federate):
 
 
 def test_feddf_drops_members_below_chance(small, federate):
-    scenario = small(
-        {"name": "feddf", "steps": 2, "drop_worst": True}, proxy__server_labels=40, partition__alpha=0.05
-    )
+    scenario = small({"name": "feddf", "steps": 2, "drop_worst": True}, proxy__server_labels=40, partition__alpha=0.05)
     _, events = federate(scenario)
     dropped = [e for e in events if e["event"] == "dropped"]
     assert dropped and all(e["accuracy"] < 1.2 / 4 for e in dropped)
@@ -233,10 +230,12 @@ def test_feddf_stops_early_on_server_labels(small, federate):
 
 
 def test_fedgkd_teacher_is_the_mean_of_the_last_m_averages(small, federate):
-    strategy, _ = federate(small({"name": "fedgkd", "buffer": 2}))
-    assert len(strategy.history) == 2
+    averages = []
+    for rounds in (1, 2, 3):
+        strategy, _ = federate(small({"name": "fedgkd", "buffer": 2}), rounds=rounds)
+        averages.append(strategy.students["mlp"])
     strategy.round += 1
-    sent = strategy.broadcast([0])[0]["teacher"].state
+    sent = strategy.broadcast([0])[0].get(Weights, "teacher").state
     for name, tensor in sent.items():
-        expected = (strategy.history[0]["mlp"][name].double() + strategy.history[1]["mlp"][name].double()) / 2
+        expected = (averages[1][name].double() + averages[2][name].double()) / 2
         torch.testing.assert_close(tensor.double(), expected, atol=1e-7, rtol=0)

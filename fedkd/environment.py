@@ -1,0 +1,61 @@
+"""What a run was computed with: versions, kind of machine, git commit."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedkd.scenario import Scenario
+from fedkd.students import pick_device
+from fedkd.threads import cores
+
+_PACKAGES = ("fedkd", "flwr", "flwr-datasets", "torch", "torchvision", "ray", "numpy", "scikit-learn")
+
+
+def environment(scenario: Scenario, workers: int) -> dict[str, Any]:
+    """Return versions, machine kind and git commit; never host names, users or paths.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The resolved scenario.
+    workers : int
+        Worker processes; 0 = none, everything in this process.
+    """
+    device = pick_device(scenario.system.device)
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "platform": platform.platform(terse=True),
+        "machine": platform.machine(),
+        "cores": cores(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "engine": scenario.system.engine,
+        "workers": workers,
+        "threads_per_client": 1,
+        "server_threads": scenario.system.server_threads,
+        "trainer": "sequential",
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, cwd=Path(__file__).parent
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None if found.returncode == 0 else None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # as under `flwr run`, which does not install the project
+        return None
