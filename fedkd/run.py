@@ -71,7 +71,7 @@ class Listener:
     """Hears what happens during runs; the command line draws tables and progress bars from it."""
 
     def run_started(self, folder: Path, scenario: Scenario, federation: Federation, done: int) -> None:
-        """A run begins, or goes on after `done` rounds."""
+        """A run of a scenario, as it was asked for, begins or goes on after `done` rounds."""
 
     def event(self, event: Event) -> None:
         """Something happened: ``started``, ``reply``, ``refused``, ``round``."""
@@ -354,7 +354,7 @@ def _run(
 ) -> Result:
     logging.getLogger("flwr").setLevel(logging.WARNING)
     keep_freed_memory()
-    scenario = resolve(scenario)
+    asked, scenario = scenario, resolve(scenario)
     if (folder / "scenario.toml").exists():  # results depend on the number of threads: it stays what it was
         recorded = load(str(folder / "scenario.toml")).scenario.system.server_threads
         system = scenario.system.model_copy(update={"server_threads": recorded})
@@ -383,7 +383,7 @@ def _run(
                 write({"event": "resumed", "after_round": strategy.round})
             elif log.tell():
                 write({"event": "resumed", "after_round": 0})
-            listener.run_started(folder, scenario, federation, strategy.round)
+            listener.run_started(folder, asked, federation, strategy.round)
 
             def after_round() -> None:
                 every, rounds = scenario.run.checkpoint_every, scenario.run.rounds

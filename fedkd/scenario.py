@@ -122,7 +122,11 @@ class Term(Section):
 
     loss: str = Field(default="kd", description="A loss of `fedkd list losses`, or module:attribute.")
     weight: float = Field(default=0.1, ge=0, description="Coefficient of the term.")
-    teacher: str = Field(default="global", description="global | last:M | ema:DECAY | own | module:attribute.")
+    teacher: str = Field(
+        default="global",
+        description="global | last:M | ema:DECAY | own | module:attribute. The global teacher of round 1 is the "
+        "initial model; a client has no own teacher in its first round.",
+    )
     temperature: float = Field(default=1.0, gt=0, description="Softmax temperature of teacher and student.")
     options: dict[str, Any] = Field(default_factory=dict, description="Further parameters of the loss.")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -155,8 +154,8 @@ class Screen(Listener):
 
 
 def _key(scenario: Scenario) -> str:
-    """Return what identifies a scenario even after the run has filled in the number of server threads."""
-    return json.dumps([scenario.label, scenario.run.seed, scenario.model_dump(exclude={"system"})], sort_keys=True)
+    """Return what identifies a scenario among others."""
+    return scenario.model_dump_json()
 
 
 def _with_seed(cell: Cell, cells: Sequence[Cell]) -> str:

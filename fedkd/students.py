@@ -119,10 +119,14 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 
 def pick_device(setting: str) -> torch.device:
-    """Return the device for a setting: ``auto`` takes a GPU if this process sees one."""
-    if setting == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(setting)
+    """Return the device for a setting: ``auto`` takes a GPU if this process sees one.
+
+    On a GPU, cuDNN is held to deterministic algorithms.
+    """
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if setting == "auto" else setting)
+    if device.type == "cuda":
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    return device
 
 
 def keep_freed_memory() -> None:
