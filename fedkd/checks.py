@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedkd import losses, models, plugins
@@ -15,10 +15,13 @@ from fedkd.data.local import find_file
 from fedkd.data.partition import check as check_partition
 from fedkd.errors import DataError, ScenarioError, raise_all
 from fedkd.scenario import Scenario
+from fedkd.students import build_student
 from fedkd.wording import did_you_mean
 
 if TYPE_CHECKING:
     from fedkd.data.federation import Federation
+
+_BUILT: set[tuple[str, str, str]] = set()  # models that have been built once in this process, to check them
 
 
 def check(scenario: Scenario) -> None:
@@ -84,6 +87,12 @@ def check_data(scenario: Scenario, federation: Federation) -> None:
         except ScenarioError as error:
             errors.append(error)
     raise_all(errors)
+    # Only when a model is built is it known that its options, sizes and pretrained weights fit.
+    for arch in sorted({*federation.archs, scenario.models.server} - {""}):
+        case = (arch, scenario.models.model_dump_json(), federation.dataset.identity)
+        if case not in _BUILT:
+            build_student(scenario, federation.dataset, arch)
+            _BUILT.add(case)
 
 
 def students(scenario: Scenario) -> list[str]:
@@ -152,7 +161,7 @@ def _models(scenario: Scenario) -> None:
         except ScenarioError as error:
             errors.append(error)
     raise_all(errors)
-    if scenario.models.pretrained and not Path(scenario.models.pretrained).expanduser().is_file():
+    if scenario.models.pretrained and not os.path.isfile(os.path.expanduser(scenario.models.pretrained)):
         problem = f"there is no file {scenario.models.pretrained!r}"
         raise ScenarioError(problem, key="models.pretrained", hint="a safetensors file; empty = random weights")
 
@@ -211,7 +220,7 @@ def _participation(scenario: Scenario) -> None:
     selected = math.floor(share * clients + 0.5)
     if selected < 1:
         problem = f"{share:g} of {clients} clients is nobody"
-        raise ScenarioError(problem, key="run.participation", hint=f"must be at least {1 / clients:g} here")
+        raise ScenarioError(problem, key="run.participation", hint=f"must be at least {0.5 / clients:g} here")
     if scenario.system.min_replies > selected:
         problem = f"must be at most {selected}, the clients of a round, is {scenario.system.min_replies}"
         raise ScenarioError(problem, key="system.min_replies", hint="raise run.participation, or lower it")

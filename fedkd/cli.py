@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedkd import __version__
-from fedkd.errors import FedKDError, RunError, ScenarioError, errors_in
+from fedkd.errors import DataError, FedKDError, RunError, ScenarioError, errors_in
 from fedkd.scenario_file import find, load, shipped
 from fedkd.wording import did_you_mean
 
@@ -192,7 +192,7 @@ def partition(
 
 def _use_cache(cache: Path | None) -> None:
     if cache is not None:
-        os.environ["FEDKD_CACHE"] = str(cache.expanduser().absolute())
+        os.environ["FEDKD_CACHE"] = os.path.abspath(os.path.expanduser(cache))
 
 
 def _checked(scenario: str, overrides: Sequence[str], cache: Path | None) -> tuple[Document, list[Cell]]:
@@ -212,7 +212,10 @@ def _federation(document: Document, cell: Cell) -> Federation:
     from fedkd.data.federation import build_federation
 
     with errors_in(document.file):
-        federation = build_federation(cell.scenario)
+        try:
+            federation = build_federation(cell.scenario)
+        except DataError as error:
+            raise DataError(f"{document.file}: {error}") from error
         check_data(cell.scenario, federation)
     return federation
 

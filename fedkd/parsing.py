@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import math
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +38,7 @@ def parse(raw: Mapping[str, Any], said_by_set: Sequence[str] = ()) -> Scenario:
     fedkd.errors.ScenarioError: run.participation: must be a number in (0, 1], is 1.5
       Share of the clients that take part in a round. Default: 1.0.
     """
-    errors = {error.key: error for error in not_finite(raw)}
+    errors = {error.key: error for error in unusable(raw)}
     try:
         scenario = Scenario.model_validate(raw)
     except ValidationError as error:
@@ -45,6 +46,9 @@ def parse(raw: Mapping[str, Any], said_by_set: Sequence[str] = ()) -> Scenario:
             translated = _translate(detail, raw)
             errors[translated.key] = translated
         scenario = None
+    if scenario is not None and (scenario.name in ("", ".", "..") or set(scenario.name) & set("/\\\0")):
+        hint = "a name that a folder can have; --out says where results go"
+        errors["name"] = ScenarioError(f"must be the name of one folder, is {scenario.name!r}", key="name", hint=hint)
     for key, error in errors.items():
         if any(key == said or key.startswith((f"{said}.", f"{said}[")) for said in said_by_set):
             error.problem += " (from --set)"
@@ -79,22 +83,21 @@ def assign(raw: dict[str, Any], key: str, value: Any) -> None:
     parts = key.split(".")
     node: Any = raw
     for position, part in enumerate(parts[:-1]):
-        if isinstance(node, list) and part.isdigit() and int(part) < len(node):
-            node = node[int(part)]
-        elif isinstance(node, dict):
-            node = node.setdefault(part, {})
-        else:
-            node = None
+        node = node[_index(node, part, key)] if isinstance(node, list) else node.setdefault(part, {})
         if not isinstance(node, dict | list):
             place = ".".join(parts[: position + 1])
             raise ScenarioError(f"{place} is a value, not a table", key=key, hint=f"set {place} itself")
     last = parts[-1]
     if isinstance(node, dict):
         node[last] = copy.deepcopy(value)
-    elif last.isdigit() and int(last) < len(node):
-        node[int(last)] = copy.deepcopy(value)
     else:
-        raise ScenarioError(f"the list has {len(node)} elements, numbered from 0", key=key)
+        node[_index(node, last, key)] = copy.deepcopy(value)
+
+
+def _index(elements: list[Any], part: str, key: str) -> int:
+    if not part.isdecimal() or int(part) >= len(elements):
+        raise ScenarioError(f"no {part!r}: the list has {len(elements)} elements, numbered from 0", key=key)
+    return int(part)
 
 
 def merge(raw: dict[str, Any], changes: Mapping[str, Any]) -> None:
@@ -126,13 +129,17 @@ def as_tables(scenario: Scenario) -> dict[str, Any]:
 # --- what is wrong -------------------------------------------------------------------------------------
 
 
-def not_finite(table: Any, prefix: str = "") -> list[ScenarioError]:
-    """Return an error for every NaN and infinity in nested tables, whose dotted keys begin with `prefix`."""
-    return [
-        ScenarioError(f"must be a finite number, is {value}", key=key, hint="NaN and infinity are never settings")
-        for key, value in _leaves(table, prefix)
-        if isinstance(value, float) and not math.isfinite(value)
-    ]
+def unusable(table: Any, prefix: str = "") -> list[ScenarioError]:
+    """Return an error for every NaN, infinity and date in nested tables, whose dotted keys begin with `prefix`."""
+    errors = []
+    for key, value in _leaves(table, prefix):
+        if isinstance(value, float) and not math.isfinite(value):
+            hint = "NaN and infinity are never settings"
+            errors.append(ScenarioError(f"must be a finite number, is {value}", key=key, hint=hint))
+        elif isinstance(value, datetime.date | datetime.time):
+            hint = f'no setting is a date or a time; as a string: "{value}"'
+            errors.append(ScenarioError(f"must not be a date, is {value}", key=key, hint=hint))
+    return errors
 
 
 def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -112,11 +112,11 @@ def _import(module_name: str, key: str) -> Any:
             raise _broken(module_name, key, error) from error
         hint = f"run from the folder that holds {module_name.split('.')[0]}.py, or install its package"
         raise ScenarioError(f"there is no module {module_name!r}", key=key, hint=hint) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that calls sys.exit is no reason to stop silently
         raise _broken(module_name, key, error) from error
 
 
-def _broken(module: str, key: str, error: Exception) -> ScenarioError:
+def _broken(module: str, key: str, error: BaseException) -> ScenarioError:
     return ScenarioError(f"module {module!r} cannot be imported: {type(error).__name__}: {error}", key=key)
 
 

@@ -100,18 +100,10 @@ class Result:
 
     def row(self, values: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return the row that tables are made of (see `fedkd.report.tables`)."""
-        keys = (
-            "label",
-            "seed",
-            "whose",
-            "best",
-            "final",
-            "accuracy_after",
-            "ensemble",
-            "agreement",
-            "clients",
-        )
+        keys = ("label", "seed", "whose", "best", "final", "accuracy_after", "ensemble", "agreement")
         row = {key: self.summary[key] for key in keys if self.summary.get(key) is not None}
+        if self.summary.get("clients") is not None:
+            row["clients_accuracy"] = self.summary["clients"]
         row["bytes_up"] = sum(self.summary["bytes_up"].values())
         row["bytes_down"] = sum(self.summary["bytes_down"].values())
         row["seconds"] = self.summary["seconds"]
@@ -280,7 +272,7 @@ def resolve(scenario: Scenario) -> Scenario:
     system, data, proxy = scenario.system, scenario.data, scenario.proxy
     if not system.server_threads:
         system = system.model_copy(update={"server_threads": cores()})
-    folder = str(Path(data.folder).expanduser().absolute()) if data.folder else os.environ.get("FEDKD_DATA", "")
+    folder = os.path.abspath(os.path.expanduser(data.folder)) if data.folder else os.environ.get("FEDKD_DATA", "")
     data = data.model_copy(update={"source": _absolute(data.source, data.folder), "folder": folder})
     proxy = proxy.model_copy(update={"source": _absolute(proxy.source, data.folder)})
     return scenario.model_copy(update={"system": system, "data": data, "proxy": proxy})

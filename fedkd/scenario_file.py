@@ -7,6 +7,7 @@ wrong becomes a `ScenarioError` that names file, dotted key, value, what is allo
 from __future__ import annotations
 
 import copy
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any
 import tomli_w
 
 from fedkd.errors import ScenarioError, errors_in, raise_all
-from fedkd.parsing import assign, not_finite, parse
+from fedkd.parsing import assign, parse, unusable
 from fedkd.scenario import Scenario
 from fedkd.wording import did_you_mean
 
@@ -79,13 +80,13 @@ def find(path_or_name: str | Path) -> Path:
         There is no such scenario.
     """
     text = str(path_or_name)
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))  # pathlib raises where there is no such user
     known = shipped()
     if text in known:
         return known[text]
-    if path.is_file():
+    if os.path.isfile(path):  # pathlib raises for names that are too long
         return path
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ScenarioError("this is a folder, not a scenario file", file=text, hint="name the .toml file in it")
     if path.suffix == ".toml" or "/" in text:
         raise ScenarioError(
@@ -122,10 +123,10 @@ def load(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Document:
     path = find(path_or_name)
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ScenarioError(f"this is not TOML: {error}", file=str(path), hint="see https://toml.io") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ScenarioError(f"cannot be read: {error}", file=str(path)) from None
+        raise ScenarioError(f"cannot be read: {error}", file=str(path), hint="TOML files are UTF-8 text") from None
+    except (ValueError, RecursionError) as error:  # of TOML, of Python's integers, of endless brackets
+        raise ScenarioError(f"this is not TOML: {error}", file=str(path), hint="see https://toml.io") from None
     with errors_in(str(path)):
         return read({"name": path.stem} | raw, overrides, str(path))
 
@@ -164,7 +165,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
         raise ScenarioError(f"--set wants key=value, got {text!r}", hint="for example --set partition.alpha=0.1")
     try:
         parsed = tomllib.loads(f"value = {value}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return key, value.strip()
     plain = parsed.keys() == {"value"} and isinstance(parsed["value"], bool | int | float | str | list | dict)
     return key, parsed["value"] if plain else value.strip()
@@ -173,7 +174,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
 def _read_sweep(raw: Any) -> Sweep:
     if not isinstance(raw, dict):
         raise ScenarioError(f"must be a table, is {raw!r}", key="sweep", hint='such as "run.seed" = [0, 1, 2]')
-    bad = not_finite(raw, "sweep")
+    bad = unusable(raw, "sweep")
     cases = raw.get("cases", [])
     if not isinstance(cases, list) or not all(isinstance(case, dict) and case for case in cases):
         hint = 'cases = [{label = "FedAvg", strategy = "fedavg"}, …]'

@@ -97,7 +97,7 @@ def expand(document: Document, *, checked: bool = True) -> list[Cell]:
                     raise ScenarioError(f"two cases are called {cell.label!r}", key="sweep.cases", hint=hint)
                 mark = digest(cell.scenario)
                 if mark in seen:
-                    problem = f"{seen[mark].title!r} and {cell.title!r} are the same scenario"
+                    problem = f"{_text(seen[mark].values)!r} and {_text(cell.values)!r} are the same scenario"
                     raise ScenarioError(problem, key="sweep", hint="leave one of them out")
                 seen[mark] = cell
                 if checked:

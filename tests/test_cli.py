@@ -4,7 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from fedkd import __version__, cli, run
 from fedkd.errors import RunError
@@ -69,6 +72,13 @@ def fedkd(*args):
         (["data.options.separation=nan"], ["data.options.separation", "is nan"]),
         (["run.round=2"], ["run.round", "unknown key", "did you mean 'rounds'"]),
         (["sweep.strategy=['fedavg', 'feddf']"], ["needs a proxy set", "in the sweep, at 'feddf'"]),
+        (["models.options.hiden=[3]"], ["models.options", "'hiden'", "did you mean 'hidden'"]),
+        (["models.student=builtins:print"], ["models.student", "'builtins:print'", "NoneType"]),
+        (["models.student=builtins:max"], ["models.student", "'builtins:max'"]),
+        (["client.terms=[{loss = 'math:sin'}]"], ["client.terms", "'math:sin'", "teacher_out"]),
+        (["data.options.train=100000000000000"], ["synthetic", "memory"]),
+        (["data.options.shape=3"], ["data.options.shape", "[H, W]", "is 3"]),
+        (["name=a/b"], ["name", "'a/b'"]),
     ],
 )
 @pytest.mark.parametrize("command", ["run", "validate"])
@@ -89,6 +99,8 @@ def test_wrong_scenarios(here, capsys, command, settings, parts):
     [
         (["run", "quickstrt"], ["no scenario is called 'quickstrt'", "did you mean 'quickstart'"]),
         (["run", "gone.toml"], ["gone.toml", "no such file"]),
+        (["run", "~nobody-of-this-name/gone.toml"], ["gone.toml", "no such file"]),
+        (["run", "a" * 300], ["no scenario is called"]),
         (["run", "small.toml", "--set", "rounds"], ["key=value"]),
         (["run", "small.toml", "--engine", "spark"], ["system.engine", "'ray', 'inline'", "'spark'"]),
         (["run", "small.toml", "--workers", "-1"], ["system.workers", "is -1"]),
@@ -111,6 +123,23 @@ def test_wrong_command_lines(here, capsys, args, parts):
     for part in parts:
         assert part in printed
     assert [path.name for path in here.iterdir()] == ["small.toml"]
+
+
+def test_wrong_data_and_weights_are_found_before_anything_is_written(here, capsys):
+    with (here / "wrong.npz").open("wb") as file:
+        np.savez(file, x_train=np.ones((4, 3)), y_train=[0.0, np.nan, 1.0, 0.0], x_test=np.ones((1, 3)), y_test=[0])
+    save_file({"head.weight": torch.zeros(2, 2)}, here / "wrong.safetensors")
+    before = sorted(here.iterdir())
+    for setting, parts in {
+        "data.source=npz:wrong.npz": ["error: small.toml: npz:wrong.npz: y_train", "NaN"],
+        "models.pretrained=wrong.safetensors": ["error: small.toml: models.pretrained", "does not fit", "missing"],
+    }.items():
+        assert fedkd("run", "small.toml", "--set", setting, "--set", "data.options={}") == 2
+
+        printed = capsys.readouterr().err
+        for part in parts:
+            assert part in printed
+        assert sorted(here.iterdir()) == before
 
 
 # --- running -------------------------------------------------------------------------------------------

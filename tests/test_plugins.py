@@ -98,6 +98,7 @@ def test_modules_of_the_working_folder_are_found_last(tmp_path, monkeypatch):
 def test_a_module_that_fails_says_how(tmp_path, monkeypatch):
     (tmp_path / "failing_method.py").write_text("import no_such_library\n")
     (tmp_path / "raising_method.py").write_text("1 / 0\n")
+    (tmp_path / "leaving_method.py").write_text("import sys; sys.exit(7)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*__import__("sys").path])
 
@@ -105,6 +106,8 @@ def test_a_module_that_fails_says_how(tmp_path, monkeypatch):
         plugins.load_object("failing_method:x")
     with pytest.raises(ScenarioError, match="'raising_method' cannot be imported: ZeroDivisionError"):
         plugins.load_object("raising_method:x")
+    with pytest.raises(ScenarioError, match="'leaving_method' cannot be imported: SystemExit: 7"):
+        plugins.load_object("leaving_method:x")
 
 
 def test_an_entry_point_of_another_package_is_a_name(monkeypatch):

@@ -2,6 +2,7 @@ import math
 import subprocess
 import sys
 import tomllib
+from datetime import date
 
 import pytest
 from hypothesis import given
@@ -150,6 +151,9 @@ def test_what_is_read_is_not_shared():
         ({"sweep": {"run.seed": []}}, ["sweep.run.seed", "a list of values"]),
         ({"sweep": {"cases": [3]}}, ["sweep.cases", "a list of tables"]),
         ({"sweep": 3}, ["sweep", "a table", "is 3"]),
+        ({"models": {"options": {"x": date(2026, 1, 2)}}}, ["models.options.x", "a date", "2026-01-02"]),
+        ({"name": "../elsewhere"}, ["name", "one folder", "'../elsewhere'", "--out"]),
+        ({"name": ""}, ["name", "one folder"]),
     ],
 )
 def test_mistakes_name_key_value_and_what_is_allowed(raw, parts):
@@ -174,15 +178,22 @@ def test_mistakes_on_the_command_line_say_so():
     assert "key=value" in message({}, "run.rounds")
     assert "run.rounds is a value" in message({"run": {"rounds": 3}}, "run.rounds.more=1")
     assert "1 elements" in message({"client": {"terms": [{}]}}, "client.terms.4={}")
+    assert "1 elements" in message({"client": {"terms": [{}]}}, "client.terms.4.weight=1")
+    assert "no '²'" in message({"client": {"terms": [{}]}}, "client.terms.².weight=1")
 
 
 def test_files_that_cannot_be_read(tmp_path):
     broken, binary = tmp_path / "broken.toml", tmp_path / "binary.toml"
     broken.write_text("[run\nrounds = 3")
     binary.write_bytes(b"\xff\xfe\x00")
+    number, deep = tmp_path / "number.toml", tmp_path / "deep.toml"
+    number.write_text(f"[run]\nseed = {'9' * 5000}")
+    deep.write_text(f"x = {'[' * 3000}{']' * 3000}")
     for name, parts in {
         str(broken): ["broken.toml", "not TOML", "line 1"],
         str(binary): ["binary.toml", "cannot be read"],
+        str(number): ["number.toml", "not TOML", "digits"],
+        str(deep): ["deep.toml", "not TOML"],
         str(tmp_path): ["folder"],
         str(tmp_path / "quickstrt.toml"): ["no such file", "did you mean 'quickstart'"],
         "quickstrt": ["'quickstrt'", "did you mean 'quickstart'"],

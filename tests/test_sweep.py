@@ -101,7 +101,10 @@ def test_overrides_have_the_last_word():
 @pytest.mark.parametrize(
     ("sweep", "parts"),
     [
-        ({"run.seed": [0, 1, 0]}, ["sweep", "same scenario", "leave one of them out"]),
+        (
+            {"run.seed": [0, 1, 0]},
+            ["sweep", "'run.seed 0' and 'run.seed 0' are the same scenario", "leave one of them out"],
+        ),
         (
             {"cases": [{"label": "x"}, {"label": "x", "run.seed": 1}]},
             ["sweep.cases", "two cases", "'x'", "label"],

@@ -120,7 +120,6 @@ def build_federation(scenario: scenario.Scenario) -> Federation:
 def _build(setting: scenario.Scenario) -> Federation:
     spec, seed = setting.partition, setting.run.seed
     check(spec)  # cheap, so before any data are read
-    archs = assign_architectures(setting.models.student, spec.clients, seed)
     dataset = load(setting.data)
     if setting.data.augment != "none" and dataset.kind != "image":
         raise ScenarioError(
@@ -134,6 +133,7 @@ def _build(setting: scenario.Scenario) -> Federation:
     )
     held_out, server_labels, rest = cut(setting.proxy, len(train), seed=seed)
     divided = _partition_once(dataset, rest, spec, seed)
+    archs = assign_architectures(setting.models.student, spec.clients, seed)  # of no more clients than samples
     shards = tuple(
         local_split(rest[mine], spec.validation, spec.test, rng(seed, Purpose.LOCAL_SPLIT, partition=k))
         for k, mine in enumerate(divided.indices)
@@ -149,8 +149,20 @@ def _build(setting: scenario.Scenario) -> Federation:
         skew=skew(counts),
         proxy=build_proxy(setting.proxy, setting.data, dataset, train, held_out, seed=seed),
         server_labels=server_labels,
-        notes=divided.notes,
+        notes=(*_absent(setting.data, dataset), *divided.notes),
     )
+
+
+def _absent(data: scenario.Data, dataset: Dataset) -> list[str]:
+    """Return a note for every cut that leaves out classes: its file may be in the order of the classes."""
+    return [
+        f"data.{key} = {len(y)} keeps the first samples, which hold {present} of {dataset.num_classes} classes"
+        for key, cut_to, y in (
+            ("train_samples", data.train_samples, dataset.y_train),
+            ("test_samples", data.test_samples, dataset.y_test),
+        )
+        if cut_to and (present := len(np.unique(y))) < dataset.num_classes
+    ]
 
 
 def _partition_once(dataset: Dataset, rest: np.ndarray, spec: scenario.Partition, seed: int) -> Partition:

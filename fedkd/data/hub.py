@@ -17,7 +17,7 @@ import numpy as np
 from fedkd.data.cache import signature
 from fedkd.data.local import data_folders
 from fedkd.data.raw import Plan, Raw
-from fedkd.data.vision import decode_images
+from fedkd.data.vision import check_size, decode_images
 from fedkd.errors import DataError, ScenarioError
 
 _WORDS = re.compile(r"[a-z0-9']+")
@@ -74,7 +74,7 @@ def hub(
     for key, value, least in (("length", length, 1), ("vocab", vocab, 3)):
         if not isinstance(value, int) or value < least:
             raise ScenarioError(f"must be a whole number >= {least}, is {value!r}", key=f"data.options.{key}")
-    sides = (size, size) if isinstance(size, int) else tuple(size)
+    sides = tuple(check_size(size))
     local = _local(name, folder)
     options = {k: v for k, v in locals().items() if k not in ("folder", "local", "name", "size")}
 
@@ -99,9 +99,9 @@ def hub(
 
 def _local(name: str, folder: str) -> str:
     """Return the folder `name` if there is one, otherwise an empty string."""
-    wanted = Path(name).expanduser()
+    wanted = Path(os.path.expanduser(name))
     places = [wanted] if wanted.is_absolute() else [base / wanted for base in data_folders(folder)]
-    found = next((str(place.resolve()) for place in places if place.is_dir()), "")
+    found = next((str(place.resolve()) for place in places if os.path.isdir(place)), "")
     if not found and (wanted.is_absolute() or name.startswith((".", "~"))):
         raise DataError(f"hub:{name}: there is no such folder")
     return found

@@ -76,11 +76,11 @@ def find_file(name: str, folder: str = "") -> Path:
     DataError
         If it is in none of them; the message lists where it was looked for.
     """
-    wanted = Path(name).expanduser()
+    wanted = Path(os.path.expanduser(name))  # pathlib raises where there is no such user
     tried = [wanted] if wanted.is_absolute() else [base / wanted for base in data_folders(folder)]
     tried = list(dict.fromkeys(path.absolute() for path in tried))
     for path in tried:
-        if path.is_file():
+        if os.path.isfile(path):  # pathlib raises for names that are too long
             return path
     raise DataError(
         f"no file {name!r}; looked for\n"
@@ -92,7 +92,7 @@ def find_file(name: str, folder: str = "") -> Path:
 def data_folders(folder: str = "") -> list[Path]:
     """Return the folders where files are looked for, in order."""
     named = [folder, os.environ.get("FEDKD_DATA", "")]
-    return [Path(f).expanduser() for f in named if f] + [Path.cwd()]
+    return [Path(os.path.expanduser(f)) for f in named if f] + [Path.cwd()]
 
 
 def synthetic(
@@ -139,7 +139,8 @@ def synthetic(
             raise ScenarioError(f"must be a whole number >= {least}, is {value!r}", key=f"data.options.{key}")
     if not isinstance(separation, (int, float)) or not 0 <= separation < float("inf"):
         raise ScenarioError(f"must be a number >= 0, is {separation!r}", key="data.options.separation")
-    if len(shape) not in (0, 2, 3) or any(not isinstance(side, int) or side < 1 for side in shape):
+    sides = shape if isinstance(shape, (list, tuple)) else (0,)
+    if len(sides) not in (0, 2, 3) or any(type(side) is not int or side < 1 for side in sides):
         raise ScenarioError(f"must be [H, W] or [H, W, C], is {shape!r}", key="data.options.shape")
 
     def decode() -> Raw:

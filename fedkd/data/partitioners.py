@@ -6,7 +6,6 @@ The library is imported when it is first needed: that takes seconds.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import warnings
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fedkd.errors import ScenarioError
+from fedkd.plugins import load_object
 
 Shards = list[np.ndarray]
 
@@ -276,15 +276,7 @@ def _options(rule: Rule, task: Task, seed: int) -> dict[str, Any]:
 
 
 def _function(name: Any) -> Callable:
-    module, _, attribute = str(name).partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ScenarioError(
-            f"cannot import {name!r}: {error}",
-            key="partition.options.partition_id_to_size_fn",
-            hint="name a function as module:attribute, such as numpy:sqrt",
-        ) from error
+    found = load_object(str(name), key="partition.options.partition_id_to_size_fn")
     if not callable(found):
         raise ScenarioError(f"{name!r} is no function", key="partition.options.partition_id_to_size_fn")
     return found

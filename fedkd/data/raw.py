@@ -10,6 +10,9 @@ import numpy as np
 
 from fedkd.errors import DataError
 
+#: Most classes of data that do not name them.
+MOST_CLASSES = 100_000
+
 
 @dataclass
 class Raw:
@@ -52,6 +55,8 @@ def check(raw: Raw, source: str) -> Raw:
     raw.kind = raw.kind or _kind(raw.x_train, bad)
     for split in ("train", "test"):
         x, y = getattr(raw, f"x_{split}"), getattr(raw, f"y_{split}")
+        if x.ndim == 0:
+            raise bad(f"x_{split}", f"is a single value, {x}; should be one sample for each label")
         if len(x) == 0:
             raise bad(f"x_{split}", "has no samples")
         if y.ndim == 2 and y.shape[1] == 1:
@@ -114,7 +119,11 @@ def _samples(x: np.ndarray, name: str, raw: Raw, bad: Callable[[str, str], DataE
 
 def _check_labels(raw: Raw, bad: Callable[[str, str], DataError]) -> None:
     if not raw.classes:
-        raw.classes = tuple(str(c) for c in range(int(max(raw.y_train.max(), raw.y_test.max())) + 1))
+        highest = int(max(raw.y_train.max(), raw.y_test.max()))
+        if highest >= MOST_CLASSES:  # ids or prices taken for labels; a list of names would fill the memory
+            split = "train" if highest == raw.y_train.max() else "test"
+            raise bad(f"y_{split}", f"holds label {highest}; labels are 0..{MOST_CLASSES - 1}, numbered without gaps")
+        raw.classes = tuple(str(c) for c in range(highest + 1))
     for split in ("train", "test"):
         y = getattr(raw, f"y_{split}")
         low, high = int(y.min()), int(y.max())
@@ -126,9 +135,21 @@ def _check_labels(raw: Raw, bad: Callable[[str, str], DataError]) -> None:
             )
 
 
+def _check_vocab(vocab: np.ndarray, bad: Callable[[str, str], DataError]) -> None:
+    how = 'make it with np.frombuffer("\\n".join(words).encode(), dtype=np.uint8)'
+    if vocab.dtype != np.uint8:
+        raise bad("vocab", f"has dtype {vocab.dtype}; should be uint8, the words of all token ids; {how}")
+    try:
+        vocab.tobytes().decode()
+    except UnicodeDecodeError as error:
+        raise bad("vocab", f"is not UTF-8 text ({error}); {how}") from None
+
+
 def _check_tokens(raw: Raw, bad: Callable[[str, str], DataError]) -> None:
     low = min(int(raw.x_train.min()), int(raw.x_test.min()))
     high = max(int(raw.x_train.max()), int(raw.x_test.max()))
+    if raw.vocab is not None:
+        _check_vocab(raw.vocab, bad)
     if raw.vocab is not None and not raw.vocab_size:
         raw.vocab_size = len(raw.vocab.tobytes().split(b"\n"))
     raw.vocab_size = raw.vocab_size or max(high + 1, 2)

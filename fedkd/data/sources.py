@@ -14,7 +14,7 @@ from fedkd import scenario
 from fedkd.data import cache, hub, local, vision
 from fedkd.data.cache import cache_folder
 from fedkd.data.raw import Plan, Raw, check
-from fedkd.errors import ScenarioError
+from fedkd.errors import DataError, ScenarioError
 
 __all__ = ["Dataset", "Kind", "cache_folder", "load", "load_source", "names"]
 
@@ -168,7 +168,10 @@ def load_source(source: str, folder: str = "", **options: Any) -> Dataset:
     plan = make(name, folder, **options)
 
     def decode() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        return _pack(check(plan.decode(), source))
+        try:
+            return _pack(check(plan.decode(), source))
+        except MemoryError as error:
+            raise DataError(f"{source} does not fit into this machine's memory: {error}") from error
 
     arrays, facts = cache.fetch(source, plan.identity, decode)
     return Dataset(

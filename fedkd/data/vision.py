@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -74,7 +75,7 @@ def torchvision(
     homes = [*data_folders(folder), store]
     root = next((home for home in homes if all((home / f).exists() for f in _FILES[name][0])), None)
     if root is None:
-        root = Path(folder).expanduser() if folder else store
+        root = Path(os.path.expanduser(folder)) if folder else store
         _open(name, root, split)  # downloads; afterwards the files can be signed
     root = root.resolve()
 
@@ -153,10 +154,8 @@ def _decode(name: str, train: Any, test: Any) -> Raw:
 
 
 def _image_folder(folder: str, size: int | Sequence[int], grey: bool) -> Plan:
-    sides = [size, size] if isinstance(size, int) else list(size)
-    if len(sides) != 2 or any(not isinstance(side, int) or side < 0 for side in sides):
-        raise ScenarioError(f"must be a number of pixels or [H, W], is {size!r}", key="data.options.size")
-    tried = data_folders(folder) if not folder else [Path(folder).expanduser()]
+    sides = check_size(size)
+    tried = data_folders(folder) if not folder else [Path(os.path.expanduser(folder))]
     for root in tried:
         held_out = next((root / n for n in ("test", "val", "valid") if (root / n).is_dir()), None)
         if (root / "train").is_dir() and held_out:
@@ -194,6 +193,14 @@ def _image_folder(folder: str, size: int | Sequence[int], grey: bool) -> Plan:
     identity = {"source": "ImageFolder", "root": str(root), "size": sides, "grey": grey,
                 "files": [signature(part) for part in parts]}  # fmt: skip
     return Plan(identity, decode)
+
+
+def check_size(size: Any) -> list[int]:
+    """Return the option `size` as [H, W], or refuse it; zeros stand for images as they are."""
+    sides = list(size) if isinstance(size, (list, tuple)) else [size, size]
+    if len(sides) != 2 or any(type(side) is not int or side < 0 for side in sides):
+        raise ScenarioError(f"must be a number of pixels or [H, W], is {size!r}", key="data.options.size")
+    return sides
 
 
 def decode_images(images: Iterator[Any], size: tuple[int, ...], grey: bool, source: str) -> np.ndarray:

@@ -114,4 +114,15 @@ def check_term(name: str, options: Mapping[str, Any]) -> None:
     fedkd.errors.ScenarioError: client.terms: loss 'kd': direction must be one of 'forward', ..., is 'backward'
       Default: 'forward'.
     """
-    check_options(term(name), options, key="client.terms", owner=f"loss {name!r}", reserved=("temperature",))
+    function = term(name)
+    problem = f"loss {name!r} cannot be called as a term"
+    hint = "its signature must be (out, teacher_out, batch, *, temperature, **options)"
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # of some functions written in C
+        raise ScenarioError(problem, key="client.terms", hint=hint) from None
+    checked = check_options(function, options, key="client.terms", owner=f"loss {name!r}", reserved=("temperature",))
+    try:
+        signature.bind(None, None, None, temperature=1.0, **checked)
+    except TypeError as error:
+        raise ScenarioError(f"{problem}: {error}", key="client.terms", hint=hint) from None

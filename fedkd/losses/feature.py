@@ -17,8 +17,8 @@ def hint(student: Tensor, teacher: Tensor, *, reduction: Reduction) -> Tensor:
     student, teacher : Tensor
         Equal shapes [N, ...]. If widths differ, map the student to the teacher first, or use a relation loss.
     reduction : {"batchmean", "mean_all"}
-        Sum over a sample's elements as the equation has it, mean over samples; or mean over all elements, as
-        most released code has it.
+        Sum over a sample's elements as in the formula, mean over samples; or mean over all elements, as most
+        released code has it.
 
     Returns
     -------
@@ -32,7 +32,7 @@ def hint(student: Tensor, teacher: Tensor, *, reduction: Reduction) -> Tensor:
 
     Notes
     -----
-    Romero et al., FitNets: Hints for Thin Deep Nets, ICLR 2015, equation 3.
+    Romero et al., FitNets: Hints for Thin Deep Nets, ICLR 2015.
 
     Examples
     --------
@@ -71,8 +71,8 @@ def attention(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
 
     Notes
     -----
-    Zagoruyko, Komodakis, Paying More Attention to Attention, ICLR 2017, equation 2 with p = 2; its factor
-    beta is the weight of the term, about 1000 in the paper.
+    Zagoruyko, Komodakis, Paying More Attention to Attention, ICLR 2017, with squared activations; its
+    factor beta is the weight of the term, about 1000 in the paper.
     """
     if not student or len(student) != len(teacher):
         raise ValueError(f"student has {len(student)} maps, teacher {len(teacher)}; both need the same number, from 1")

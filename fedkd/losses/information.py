@@ -27,8 +27,7 @@ def probabilistic_transfer(student: Tensor, teacher: Tensor) -> Tensor:
 
     Notes
     -----
-    Passalis, Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018, equations
-    4 to 8.
+    Passalis, Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018.
     """
     p, q = _neighbourhoods(teacher), _neighbourhoods(student)
     return (p * (p.clamp_min(_EPS).log() - q.clamp_min(_EPS).log())).sum() / max(len(student), 1)

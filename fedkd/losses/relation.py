@@ -31,7 +31,7 @@ def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
     Notes
     -----
-    Park et al., Relational Knowledge Distillation, CVPR 2019, equations 3 to 5.
+    Park et al., Relational Knowledge Distillation, CVPR 2019.
 
     Examples
     --------
@@ -61,7 +61,7 @@ def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
 
     Notes
     -----
-    Park et al., Relational Knowledge Distillation, CVPR 2019, equations 6 and 7.
+    Park et al., Relational Knowledge Distillation, CVPR 2019.
     """
     n = len(student)
     loss = F.smooth_l1_loss(_angles(student), _angles(teacher), reduction="none")
@@ -83,8 +83,7 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
 
     Notes
     -----
-    Tung, Mori, Similarity-Preserving Knowledge Distillation, ICCV 2019, equations 1 to 4, for one pair of
-    layers.
+    Tung, Mori, Similarity-Preserving Knowledge Distillation, ICCV 2019, for one pair of layers.
     """
     return (_gram(student) - _gram(teacher)).square().sum() / max(len(student) ** 2, 1)
 
@@ -111,7 +110,7 @@ def correlation_congruence(student: Tensor, teacher: Tensor, *, gamma: float = 0
 
     Notes
     -----
-    Peng et al., Correlation Congruence for Knowledge Distillation, ICCV 2019, equations 8 to 11.
+    Peng et al., Correlation Congruence for Knowledge Distillation, ICCV 2019.
     """
     difference = _taylor_kernel(student, gamma, order) - _taylor_kernel(teacher, gamma, order)
     return difference.square().sum() / max(len(student) ** 2, 1)

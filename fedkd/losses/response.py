@@ -140,9 +140,9 @@ def kd(
 
     Notes
     -----
-    Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015, section 2. What methods ask
-    for: FedDF kl, batchmean, no T²; FedGKD and FedNTD kl, batchmean, T²; FedBE kl, mean_all; FedMD mae;
-    FedSSD mse with weights.
+    Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015. What methods ask for: FedDF
+    kl, batchmean, no T²; FedGKD and FedNTD kl, batchmean, T²; FedBE kl, mean_all; FedMD mae; FedSSD mse with
+    weights.
 
     Examples
     --------
@@ -240,7 +240,7 @@ def decoupled_kd(
 
     Notes
     -----
-    Zhao et al., Decoupled Knowledge Distillation, CVPR 2022, equations 5 to 7.
+    Zhao et al., Decoupled Knowledge Distillation, CVPR 2022.
     """
     others = not_true_mask(labels, student_logits.shape[-1])
     log_s, log_t = (
@@ -291,7 +291,7 @@ def correlation(
 
     Notes
     -----
-    Huang et al., Knowledge Distillation from a Stronger Teacher, NeurIPS 2022, equations 7 to 10.
+    Huang et al., Knowledge Distillation from a Stronger Teacher, NeurIPS 2022.
     """
     s = F.softmax(at_least_float32(student_logits) / temperature, dim=-1)
     t = F.softmax(at_least_float32(teacher_logits) / temperature, dim=-1)

@@ -143,13 +143,19 @@ def module_model(name: str, arguments: dict[str, Any], options: dict[str, Any]) 
     factory: Callable[..., Any] = load_object(name, key=KEY)
     if not callable(factory):
         raise ScenarioError(f"{name!r} is not callable", key=KEY, hint="name a function or class that makes a module")
-    parameters = inspect.signature(factory).parameters.values()
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except ValueError as error:  # of some functions written in C
+        raise ScenarioError(f"{name!r} cannot be called: {_line(error)}", key=KEY) from error
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     wanted = {p.name for p in parameters}
     try:
         model = factory(**{k: v for k, v in arguments.items() if takes_all or k in wanted}, **options)
-    except TypeError as error:
-        raise ScenarioError(f"{name!r} cannot be called: {_line(error)}", key=KEY) from error
+    except ScenarioError:
+        raise
+    except Exception as error:  # anybody's code
+        problem = f"{name!r} cannot be called: {type(error).__name__}: {_line(error)}"
+        raise ScenarioError(problem, key=KEY) from error
     if not isinstance(model, nn.Module):
         raise ScenarioError(f"{name!r} returned {type(model).__name__}, not an nn.Module", key=KEY)
 

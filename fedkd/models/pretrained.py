@@ -1,6 +1,6 @@
 """Weights that students start from, out of a safetensors file."""
 
-from pathlib import Path
+import os
 
 import torch
 from safetensors import SafetensorError
@@ -64,7 +64,8 @@ def load_pretrained(model: nn.Module, file: str, *, fresh_head: bool = False) ->
 
 
 def _read(file: str) -> dict[str, Tensor]:
-    if not Path(file).is_file():
+    file = os.path.expanduser(file)
+    if not os.path.isfile(file):
         raise ScenarioError(f"there is no file {file!r}", key=KEY, hint="give the path of a safetensors file")
     try:
         return load_file(file)

@@ -75,6 +75,21 @@ def test_train_samples_come_first():
     assert len(fed.test) == 100 and fed.proxy is None and len(fed.server_labels) == 0
 
 
+def test_a_cut_that_leaves_out_classes_is_noted():
+    cut = {"train_samples": 3, "test_samples": 100}
+
+    notes = build_federation(make(data=cut, partition={"clients": 2}, proxy={})).notes
+
+    assert len(notes) == 1 and "data.train_samples = 3" in notes[0] and "of 10 classes" in notes[0]
+
+
+def test_clients_without_number_are_refused_at_once():
+    start = time.perf_counter()
+    with pytest.raises(ScenarioError, match="more than the"):
+        build_federation(make(partition={"clients": 10**12}))
+    assert time.perf_counter() - start < 5
+
+
 @pytest.mark.parametrize(
     ("sections", "key"),
     [

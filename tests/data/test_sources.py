@@ -124,6 +124,29 @@ def test_file_that_is_no_npz(tmp_path):
             load_source(f"npz:{tmp_path / name}")
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"x_test": np.array(5, dtype=np.uint8)}, "x_test is a single value"),
+        ({"y_train": np.arange(20) * 10**11, "classes": None}, "y_train holds label 1900000000000"),
+        ({"y_test": np.arange(8) * 10**11, "classes": None}, "y_test holds label 700000000000"),
+        ({"vocab": np.array(["<pad>", "<unk>"])}, "vocab has dtype <U5.*np.frombuffer"),
+        ({"vocab": np.frombuffer(b"\xff", dtype=np.uint8)}, "vocab is not UTF-8"),
+    ],
+)
+def test_arrays_that_make_no_sense_are_named(write_npz, changes, says):
+    if "vocab" in changes:
+        changes |= {"x_train": np.ones((20, 7), dtype=np.uint16), "x_test": np.zeros((8, 7), dtype=np.uint16)}
+
+    with pytest.raises(DataError, match=says):
+        load_source(f"npz:{write_npz(**changes)}")
+
+
+def test_folders_of_nobody_hold_no_file():
+    with pytest.raises(DataError, match="looked for"):
+        load_source("npz:~nobody-of-this-name/a.npz", folder="~nobody-of-this-name")
+
+
 def test_tokens_vectors_and_owners(write_npz):
     words = np.frombuffer(b"<pad>\n<unk>\nred\ngreen", dtype=np.uint8)
     tokens = write_npz(
@@ -188,6 +211,9 @@ def test_load_cuts_from_the_front(write_npz):
         ("synthetic", {"train": "x"}, "data.options.train", ""),
         ("synthetic", {"separation": -1}, "data.options.separation", ""),
         ("synthetic", {"shape": [0, 3]}, "data.options.shape", ""),
+        ("synthetic", {"shape": 3}, "data.options.shape", ""),
+        ("torchvision:ImageFolder", {"size": 3.5}, "data.options.size", ""),
+        ("hub:nobody/nothing", {"size": "big"}, "data.options.size", ""),
         ("torchvision:EMNIST", {"split": "x"}, "data.options.split", ""),
     ],
 )

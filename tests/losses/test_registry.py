@@ -89,6 +89,8 @@ def test_unknown_loss_names_the_nearest():
         ("sp", {"layer": "last"}, "layer must be 'features' or a whole number, is 'last'"),
         ("no_such_module_:loss", {}, "no_such_module_"),
         ("math:pi", {}, "not a function"),
+        ("builtins:max", {}, "cannot be called as a term"),
+        ("math:sin", {}, "cannot be called as a term"),
     ],
 )
 def test_wrong_options_are_found_before_training(name, options, says):

@@ -23,6 +23,14 @@ def test_weights_come_back_bit_for_bit(tmp_path):
     assert all(p.requires_grad for p in loaded.parameters())
 
 
+def test_a_file_below_the_home_folder_is_found(tmp_path, monkeypatch):
+    saved(build(seed=1), tmp_path / "w.safetensors")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+
+    assert torch.equal(build(pretrained="~/w.safetensors").head.weight, build(seed=1).head.weight)
+
+
 def test_a_head_for_other_classes_is_kept_random_only_if_asked(tmp_path):
     source = build(classes=100, seed=1)
     file = saved(source, tmp_path / "w.safetensors")
