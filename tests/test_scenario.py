@@ -326,7 +326,7 @@ def test_assigned_values_are_copies():
             ["client.batch_size", "BatchNorm", "group"],
         ),
         ({"run": {"evaluate_clients": "all"}}, ["run.evaluate_clients", "partition", "test"]),
-        ({"run": {"participation": 0.01}}, ["run.participation", "0.01 of 20 clients", "0.05"]),
+        ({"run": {"participation": 0.01}}, ["run.participation", "0.01 of 20 clients", "0.025"]),
         ({"system": {"min_replies": 21}}, ["system.min_replies", "at most 20", "is 21"]),
         ({"system": {"device": "gpu"}}, ["system.device", "'gpu'", "cuda"]),
         ({"partition": {"test": 0.5, "validation": 0.5}}, ["partition.", "0.5", "below 1"]),
