@@ -73,7 +73,7 @@ def fedkd(*args):
         (["run.round=2"], ["run.round", "unknown key", "did you mean 'rounds'"]),
         (["sweep.strategy=['fedavg', 'feddf']"], ["needs a proxy set", "in the sweep, at 'feddf'"]),
         (["models.options.hiden=[3]"], ["models.options", "'hiden'", "did you mean 'hidden'"]),
-        (["models.student=builtins:dict"], ["models.student", "'builtins:dict'", "returned dict"]),
+        (["models.student=builtins:dict"], ["models.student", "'builtins:dict'", "cannot be called"]),
         (["models.student=builtins:max"], ["models.student", "'builtins:max'"]),
         (["client.terms=[{loss = 'math:sin'}]"], ["client.terms", "'math:sin'", "teacher_out"]),
         (["data.options.train=100000000000000"], ["synthetic", "memory"]),
