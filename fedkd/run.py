@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,10 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from fedkd import checkpoint, plugins
+from fedkd import plugins
 from fedkd.checks import check, check_data
 from fedkd.client.handlers import make_app
 from fedkd.data.federation import Federation, build_federation
@@ -40,7 +37,17 @@ from fedkd.engine.grid import SimulationGrid
 from fedkd.environment import environment
 from fedkd.errors import FedKDError, RunError, ScenarioError
 from fedkd.files import write_atomic
-from fedkd.scenario import Scenario, digest
+from fedkd.run_folder import (
+    drop_partial_line,
+    folder_of,
+    last_checkpoint,
+    locked,
+    read_metrics,
+    restore,
+    save_checkpoint,
+    write_model,
+)
+from fedkd.scenario import Scenario
 from fedkd.scenario_file import dump, load
 from fedkd.server.runtime import LIVE_ONLY, Event, ServerRuntime
 from fedkd.server.strategy import DistillationStrategy
@@ -168,7 +175,7 @@ def execute(
     except ScenarioError as error:
         error.file = error.file or file
         raise
-    folder = _folder(scenario, out, fresh)
+    folder = folder_of(scenario, out, fresh)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -305,36 +312,7 @@ def make_grid(scenario: Scenario, federation: Federation) -> SimulationGrid:
     return RayGrid(app_factory, nodes, workers=workers, gpus_per_worker=share, address=scenario.system.address)
 
 
-def read_metrics(folder: Path) -> list[Event]:
-    """Return the events of a run's ``metrics.jsonl``, without those that an interruption made void.
-
-    Rounds after the checkpoint from which a run was resumed are computed again, and logged again; a last line
-    that was cut off is left out.
-    """
-    events: list[Event] = []
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if event["event"] == "resumed":
-            events = [e for e in events if e.get("round", 0) <= event["after_round"] > 0]
-        events.append(event)
-    return events
-
-
 # --- one run -------------------------------------------------------------------------------------------------
-
-
-def _folder(scenario: Scenario, out: Path, fresh: bool) -> Path:
-    label = re.sub(r"[^a-z0-9]+", "-", (scenario.label or scenario.strategy.name).lower()).strip("-")
-    folder = out / scenario.name / f"{label}-seed{scenario.run.seed}-{digest(scenario)}"
-    count = 1
-    base = folder.name
-    while fresh and folder.exists():
-        count += 1
-        folder = folder.with_name(f"{base}-{count}")
-    return folder
 
 
 def _run(
@@ -354,10 +332,10 @@ def _run(
     write_atomic(folder / "scenario.toml", dump(scenario).encode())
     workers = 0 if scenario.system.engine == "inline" else workers_of(scenario)
     write_atomic(folder / "environment.json", json.dumps(environment(scenario, workers), indent=2).encode())
-    tree = _last_checkpoint(folder)
+    tree = last_checkpoint(folder)
     began, spent = time.perf_counter(), float(tree["seconds"]) if tree else 0.0
-    _drop_partial_line(folder / "metrics.jsonl")
-    with _locked(folder), (folder / "metrics.jsonl").open("a") as log:
+    drop_partial_line(folder / "metrics.jsonl")
+    with locked(folder), (folder / "metrics.jsonl").open("a") as log:
 
         def write(event: Event) -> None:
             if event["event"] not in LIVE_ONLY:
@@ -371,7 +349,7 @@ def _run(
             server = ServerRuntime(scenario, grid, write)
             strategy.bind(server)
             if tree is not None:
-                _restore(tree, strategy, server, grid)
+                restore(tree, strategy, server, grid)
                 write({"event": "resumed", "after_round": strategy.round})
             elif log.tell():
                 write({"event": "resumed", "after_round": 0})
@@ -381,14 +359,14 @@ def _run(
                 every, rounds = scenario.run.checkpoint_every, scenario.run.rounds
                 if strategy.round % every == 0 or strategy.round == rounds:
                     seconds = spent + time.perf_counter() - began
-                    _save(folder, strategy, server, grid, seconds)
+                    save_checkpoint(folder, strategy, server, grid, seconds)
 
             strategy.start(grid, after_round=after_round)
             seconds = spent + time.perf_counter() - began
             summary = summarise(folder, scenario, strategy, server, federation, seconds)
             for name, state in strategy.students.items():
                 stem = "model" if len(strategy.students) == 1 else f"model-{re.sub(r'[^A-Za-z0-9]+', '-', name)}"
-                _write_model(folder / f"{stem}.safetensors", server.complete(name, state), name)
+                write_model(folder / f"{stem}.safetensors", server.complete(name, state), name)
             write_atomic(folder / "summary.json", json.dumps(summary, indent=2).encode())
         except KeyboardInterrupt:
             write({"event": "interrupted", "round": strategy.__dict__.get("round", 0)})
@@ -451,87 +429,3 @@ def summarise(
         },
         "curve": [[r, measured[r]["accuracy"]] for r in sorted(measured)],
     }
-
-
-def _write_model(path: Path, state: Mapping[str, torch.Tensor], arch: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    save_file({name: t.contiguous() for name, t in state.items()}, temporary, metadata={"arch": arch})
-    os.replace(temporary, path)
-
-
-# --- checkpoints ---------------------------------------------------------------------------------------------
-
-
-def _last_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """Return the last checkpoint that can be read; the one before is kept for a crash in the middle of writing."""
-    found = sorted((folder / "checkpoints").glob("round-*"), reverse=True)
-    for path in found:
-        try:
-            return checkpoint.load(path)
-        except (OSError, ValueError, SafetensorError) as error:
-            logging.getLogger("fedkd").warning("checkpoint %s cannot be read (%s)", path.name, error)
-    if found:
-        raise RunError(f"no checkpoint in {folder / 'checkpoints'} can be read\n  start anew with: fedkd run … --fresh")
-    return None
-
-
-def _save(
-    folder: Path, strategy: DistillationStrategy, server: ServerRuntime, grid: SimulationGrid, seconds: float
-) -> None:
-    """Write a checkpoint under a temporary name and rename it; keep the one before, remove older ones."""
-    root = folder / "checkpoints"
-    final = root / f"round-{strategy.round:06d}"
-    temporary = root / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    tree = {
-        "round": strategy.round,
-        "seconds": seconds,
-        "traffic": {way: dict(kinds) for way, kinds in server.traffic.items()},
-        "strategy": strategy.state_dict(),
-        "clients": {str(p): checkpoint.records_to_tree(records) for p, records in grid.state_dict().items()},
-    }
-    checkpoint.save(tree, temporary)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-    for path in sorted(root.glob("round-*"))[:-2]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _drop_partial_line(path: Path) -> None:
-    """Remove a last line that a crash cut off, so that the next event does not continue it."""
-    if path.exists():
-        text = path.read_bytes()
-        if text and not text.endswith(b"\n"):
-            write_atomic(path, text[: text.rfind(b"\n") + 1])
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a run's folder for this process.
-
-    Raises
-    ------
-    RunError
-        Another process is running it.
-    """
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(f"another process is at work in {folder}") from None
-        yield
-
-
-def _restore(
-    tree: Mapping[str, Any], strategy: DistillationStrategy, server: ServerRuntime, grid: SimulationGrid
-) -> None:
-    strategy.load_state_dict(tree["strategy"])
-    for way, kinds in tree["traffic"].items():
-        server.traffic[way].update(kinds)
-    grid.load_state_dict({int(p): checkpoint.tree_to_records(records) for p, records in tree["clients"].items()})

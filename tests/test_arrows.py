@@ -12,7 +12,17 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOOR = {"errors", "seeds", "files", "threads", "wording"}
 BASE = FLOOR | {"scenario", "options", "payloads", "plugins", "models", "losses", "data"}
 HALVES = BASE | {"students", "flower", "client", "server"}
-WIRED = HALVES | {"scenario_file", "sweep", "engine", "checkpoint", "checks", "environment", "privacy", "run"}
+WIRED = HALVES | {
+    "scenario_file",
+    "sweep",
+    "engine",
+    "checkpoint",
+    "checks",
+    "environment",
+    "privacy",
+    "run",
+    "run_folder",
+}
 
 # Package or module of fedkd -> what it may import of fedkd, beside itself.
 ARROWS: dict[str, set[str]] = {
@@ -41,6 +51,7 @@ ARROWS: dict[str, set[str]] = {
     "checkpoint": FLOOR | {"payloads"},
     "environment": BASE | {"students"},
     "checks": HALVES,
+    "run_folder": WIRED,
     "run": WIRED,
     "report": {"errors", "files"},
     "screen": WIRED | {"report"},
