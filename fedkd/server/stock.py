@@ -64,7 +64,7 @@ def stock_class(name: str) -> type[StockStrategy]:
     cls = getattr(flower, name)
     hints = typing.get_type_hints(cls.__init__)
     fields = [
-        (p.name, hints[p.name], dataclasses.field(**({} if p.default is p.empty else {"default": p.default})))
+        (p.name, hints[p.name], _field(p, hints[p.name]))
         for p in _parameters(cls).values()
         if hints.get(p.name) in (bool, int, float) and not p.name.startswith(("fraction_", "min_"))
     ]
@@ -187,6 +187,14 @@ class StockStrategy(DistillationStrategy):
         super().load_state_dict(state)
         for name, value in state["inner"].items():
             setattr(self.inner, name, _from_tree(value))
+
+
+def _field(parameter: inspect.Parameter, kind: type) -> Any:
+    """Return the dataclass field of one of Flower's parameters; counts must not be negative."""
+    metadata = {"ge": 0} if kind is int else {}
+    if parameter.default is parameter.empty:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=parameter.default, metadata=metadata)
 
 
 def _parameters(cls: type) -> Mapping[str, inspect.Parameter]:

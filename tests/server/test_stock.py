@@ -63,3 +63,10 @@ def test_what_cannot_run_is_refused_with_a_way_out():
         stock_class("FedProx")
     with pytest.raises(ScenarioError, match="flwr:FedAdam"):
         stock_class("FedEverything")
+
+
+def test_negative_counts_are_refused(small):
+    from fedkd.plugins import make_strategy
+
+    with pytest.raises(ScenarioError, match="num_malicious_nodes"):
+        make_strategy(small({"name": "flwr:Krum", "num_malicious_nodes": -1}))
