@@ -181,11 +181,7 @@ def execute(
     except OSError as error:
         problem = f"results cannot be written to {folder}: {error.strerror}"
         raise ScenarioError(problem, key="--out", hint="name another folder with --out") from error
-    if (folder / "summary.json").exists():
-        result = Result(folder, json.loads((folder / "summary.json").read_text()), skipped=True)
-        listener.run_ended(result)
-        return result
-    return _run(folder, scenario, federation, strategy, listener)
+    return _finished(folder, listener) or _run(folder, scenario, federation, strategy, listener)
 
 
 def resume(folder: Path, *, listener: Listener | None = None) -> Result:
@@ -211,11 +207,9 @@ def resume(folder: Path, *, listener: Listener | None = None) -> Result:
             hint="name a folder with a scenario.toml, as `fedkd run` prints it",
         )
     listener = listener or Listener()
-    scenario = load(str(path)).scenario
-    if (folder / "summary.json").exists():
-        result = Result(folder, json.loads((folder / "summary.json").read_text()), skipped=True)
-        listener.run_ended(result)
+    if (result := _finished(folder, listener)) is not None:
         return result
+    scenario = load(str(path)).scenario
     federation, strategy = prepare(scenario)
     return _run(folder, scenario, federation, strategy, listener)
 
@@ -315,7 +309,26 @@ def make_grid(scenario: Scenario, federation: Federation) -> SimulationGrid:
 # --- one run -------------------------------------------------------------------------------------------------
 
 
+def _finished(folder: Path, listener: Listener) -> Result | None:
+    if not (folder / "summary.json").exists():
+        return None
+    result = Result(folder, json.loads((folder / "summary.json").read_text()), skipped=True)
+    listener.run_ended(result)
+    return result
+
+
 def _run(
+    folder: Path,
+    scenario: Scenario,
+    federation: Federation,
+    strategy: DistillationStrategy,
+    listener: Listener,
+) -> Result:
+    with locked(folder):  # before anything in the folder is read or written
+        return _run_locked(folder, scenario, federation, strategy, listener)
+
+
+def _run_locked(
     folder: Path,
     scenario: Scenario,
     federation: Federation,
@@ -335,7 +348,7 @@ def _run(
     tree = last_checkpoint(folder)
     began, spent = time.perf_counter(), float(tree["seconds"]) if tree else 0.0
     drop_partial_line(folder / "metrics.jsonl")
-    with locked(folder), (folder / "metrics.jsonl").open("a") as log:
+    with (folder / "metrics.jsonl").open("a") as log:
 
         def write(event: Event) -> None:
             if event["event"] not in LIVE_ONLY:

@@ -195,18 +195,28 @@ def test_a_checkpoint_that_cannot_be_read_is_replaced_by_the_one_before(small, t
         run.resume(folder)
 
 
-def test_one_folder_is_run_by_one_process(small, tmp_path):
-    class Meddler(run.Listener):
-        seen = None
+def test_one_folder_is_run_by_one_process_and_others_touch_nothing_in_it(small, tmp_path):
+    def contents(folder):
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
-        def event(self, event):
-            if event["event"] == "round" and self.seen is None:
-                with pytest.raises(RunError, match="another process") as self.seen:
-                    run.execute(small(), out=tmp_path)
+    class Meddler(run.Listener):
+        folder = None
+
+        def run_started(self, folder, scenario, federation, done):
+            self.folder = folder
+            with (folder / "metrics.jsonl").open("a") as log:
+                log.write("half a line")  # as another process may see it in the middle of writing
+            before = contents(folder)
+            with pytest.raises(RunError, match="another process"):
+                run.execute(small(), out=tmp_path)
+            assert contents(folder) == before
+            with (folder / "metrics.jsonl").open("a") as log:
+                log.write("\n")
 
     meddler = Meddler()
     run.execute(small(), out=tmp_path, listener=meddler)
-    assert meddler.seen is not None
+    assert meddler.folder is not None
 
 
 def test_results_that_cannot_be_written_are_a_mistake_of_the_command(small, tmp_path):

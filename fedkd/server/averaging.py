@@ -39,8 +39,6 @@ def average(
     *,
     by: str = "arch",
     weights: Literal["examples", "uniform"] | Callable[[U], float] = "examples",
-    buffers: Literal["all", "params_only"] = "all",
-    params: Mapping[str, frozenset[str]] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """Average model states within groups, as FedAvg does.
 
@@ -56,11 +54,6 @@ def average(
     weights : str or callable
         ``examples`` (McMahan et al. 2017), ``uniform``, or a function from an upload to a weight >= 0. An
         upload of weight 0 is left out.
-    buffers : str
-        ``all`` averages every entry; ``params_only`` leaves entries that are not in `params` (running
-        statistics of norm layers, counters) out of the result.
-    params : mapping of str to frozenset of str, optional
-        Names of the parameters of each group; needed for ``params_only``.
 
     Returns
     -------
@@ -75,7 +68,12 @@ def average(
         No uploads; a group whose weights sum to 0; a weight that is negative or not finite; uploads of one
         group that do not fit each other; an average that is not finite.
     ScenarioError
-        An unknown option, or ``params_only`` without `params`.
+        Unknown weights.
+
+    Notes
+    -----
+    What is averaged is what travelled: under ``models.buffers = "params_only"`` uploads hold no running statistics
+    (`fedkd.students.travelling`).
 
     Examples
     --------
@@ -86,25 +84,13 @@ def average(
     {'mlp': {'w': tensor([3.])}}
     """
     weight_of = _weight_function(weights)
-    if buffers not in ("all", "params_only"):
-        raise ScenarioError(f"buffers {buffers!r} is unknown", key="models.buffers", hint="all or params_only")
-    if buffers == "params_only" and params is None:
-        raise ScenarioError("averaging parameters only needs the names of the parameters")
-
     groups: dict[str, StateMean] = {}
     for upload in uploads:
         name = str(getattr(upload, by))
         weight = float(weight_of(upload))
         if not math.isfinite(weight) or weight < 0:
             raise KnowledgeError(f"an upload of {name} has weight {weight}")
-        if buffers == "params_only":
-            assert params is not None
-            if name not in params:
-                raise KnowledgeError(f"no parameter names for {name}, only for {sorted(params)}")
-            state = {key: tensor for key, tensor in upload.state.items() if key in params[name]}
-        else:
-            state = upload.state
-        groups.setdefault(name, StateMean(name)).add(state, weight)
+        groups.setdefault(name, StateMean(name)).add(upload.state, weight)
     if not groups:
         raise KnowledgeError("nothing to average: no uploads")
     return {name: mean.result() for name, mean in groups.items()}

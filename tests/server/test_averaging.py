@@ -77,14 +77,6 @@ def test_integer_buffers_are_rounded_and_keep_their_type() -> None:
     assert averaged["flag"].dtype == torch.bool and averaged["flag"].item() is True
 
 
-def test_params_only_leaves_buffers_out() -> None:
-    norm = torch.nn.BatchNorm1d(2)
-    params = {"cnn": frozenset(name for name, _ in norm.named_parameters())}
-    averaged = average([Upload(norm.state_dict())], buffers="params_only", params=params)
-    assert set(averaged["cnn"]) == {"weight", "bias"}
-    assert set(average([Upload(norm.state_dict())])["cnn"]) == set(norm.state_dict())
-
-
 def test_uploads_are_streamed_and_not_changed() -> None:
     alive: list[int] = []
 
@@ -125,12 +117,6 @@ def test_unknown_options() -> None:
     one = [Upload(vector(1.0))]
     with pytest.raises(ScenarioError, match="sizes"):
         average(one, weights="sizes")  # type: ignore[arg-type]
-    with pytest.raises(ScenarioError, match="none"):
-        average(one, buffers="none")  # type: ignore[arg-type]
-    with pytest.raises(ScenarioError, match="names of the parameters"):
-        average(one, buffers="params_only")
-    with pytest.raises(KnowledgeError, match="cnn"):
-        average(one, buffers="params_only", params={"mlp": frozenset()})
 
 
 def test_mean_state() -> None:
