@@ -8,7 +8,8 @@ from fedkd.data.cache import cache_folder
 from fedkd.data.federation import Federation, assign_architectures, build_federation
 from fedkd.data.partition import Partition
 from fedkd.data.proxy import ProxySet
-from fedkd.data.skew import Skew, Split, label_counts, local_split, skew
+from fedkd.data.shards import Split, local_split
+from fedkd.data.skew import Skew, label_counts, skew
 from fedkd.data.sources import Dataset, load, load_source
 
 __all__ = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -72,7 +74,7 @@ class ArrayData:
             raise ValueError(f"{count} samples, but {len(self._labels)} labels")
         self._count = count
         self._copies: dict[str, tuple[Tensor, Tensor | None]] = {}
-        self._affine: dict[str, tuple[Tensor, Tensor]] = {}
+        self._affine: dict[tuple[torch.device, int, int], tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
         return self._count
@@ -98,7 +100,7 @@ class ArrayData:
         device: str | torch.device = "cpu",
         channels_last: bool = False,
         augment: str = "none",
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> Batch:
         """Return the samples `ids` as a batch.
 
@@ -113,8 +115,9 @@ class ArrayData:
             Memory layout of image batches.
         augment : "none", "flip" or "crop-flip"
             Random changes to images, see `augment_images`.
-        generator : torch.Generator
-            Random numbers of the augmentation; required with it.
+        generator : torch.Generator or sequence of them
+            Random numbers of the augmentation; required with it. Of several, each has an equal part of the batch,
+            and draws what it would draw for that part alone.
 
         Raises
         ------
@@ -124,18 +127,13 @@ class ArrayData:
             If augmentation is asked for without a generator, or of samples that are no images.
         """
         where_to = torch.device(device)
-        if isinstance(ids, Tensor):
-            index = ids.detach().cpu().numpy().astype(np.int64, copy=False)
-        else:
-            index = np.asarray(ids, dtype=np.int64)
-        if index.size and not (index.min() >= 0 and index.max() < self._count):
-            raise IndexError(f"sample ids must be in 0..{self._count - 1}")
         if where_to.type == "cpu":
+            index = self._checked(ids)
             x = torch.from_numpy(self._rows(index))
-            y = None if self._labels is None else torch.from_numpy(self._labels[index])
+            y = None if self._labels is None else torch.from_numpy(self._labels.take(index))
             where = torch.from_numpy(index.copy())
         else:
-            where = torch.from_numpy(index.copy()).to(where_to, non_blocking=True)
+            where = self.ids_on(ids, where_to)
             samples, labels = self._copy(where_to)
             x, y = samples[where], None if labels is None else labels[where]
         if y is None:
@@ -151,6 +149,23 @@ class ArrayData:
         if augment != "none":
             x = augment_images(x, augment, generator)
         return Batch(self._normalise(x, channels_last), y, where)
+
+    def ids_on(self, ids: np.ndarray | Tensor, device: torch.device) -> Tensor:
+        """Return sample ids on a device, checked; those that are there already are taken as they are.
+
+        So whoever knows many batches beforehand checks and sends them at once, and no gather waits for a GPU.
+        """
+        if isinstance(ids, Tensor) and ids.device.type == device.type != "cpu":
+            return ids
+        return torch.from_numpy(self._checked(ids).copy()).to(device, non_blocking=True)
+
+    def _checked(self, ids: np.ndarray | Tensor) -> np.ndarray:
+        index = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
+        index = index.astype(np.int64, copy=False)
+        # As unsigned numbers, negative ids are the largest of all.
+        if index.size and index.view(np.uint64).max() >= self._count:
+            raise IndexError(f"sample ids must be in 0..{self._count - 1}")
+        return index
 
     def _rows(self, index: np.ndarray) -> np.ndarray:
         x = np.take(self.x, index if self.rows is None else self.rows[index], axis=0)
@@ -169,25 +184,47 @@ class ArrayData:
 
     def _normalise(self, x: Tensor, channels_last: bool) -> Tensor:
         """Turn uint8 [B, H, W, C] into normalised float32 [B, C, H, W]."""
-        key = str(x.device)
-        if key not in self._affine:
-            std = torch.tensor(self.std or (1.0,), dtype=torch.float64)
-            mean = torch.tensor(self.mean or (0.0,), dtype=torch.float64)
-            self._affine[key] = (1 / (255 * std)).float().to(x.device), (-mean / std).float().to(x.device)
-        scale, shift = self._affine[key]
+        if x.shape[3] == 1:  # all the same for one channel, and this is the fastest
+            scale, shift = self._grey
+            x = x.float().mul_(scale).add_(shift)
+            return x.permute(0, 3, 1, 2) if channels_last else x.view(len(x), 1, *x.shape[1:3])
+        count, height, width, channels = x.shape
         if channels_last:
             # Rows of W * C values: as [.., C] alone, the innermost loop would be only C long, and slow.
-            count, height, width, channels = x.shape
+            scale, shift = self._scale(x.device, channels, width)
             rows = x.to(torch.float32, memory_format=torch.contiguous_format).view(count, height, -1)
-            if len(scale) < channels:
-                scale, shift = scale.expand(channels), shift.expand(channels)
-            rows.mul_(scale.repeat(width)).add_(shift.repeat(width))
-            return rows.view(count, height, width, channels).permute(0, 3, 1, 2)
+            return rows.mul_(scale).add_(shift).view(count, height, width, channels).permute(0, 3, 1, 2)
+        scale, shift = self._scale(x.device, channels, 0)
         x = x.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        return x.mul_(scale[:, None, None]).add_(shift[:, None, None])
+        return x.mul_(scale).add_(shift)
+
+    def _scale(self, device: torch.device, channels: int, width: int) -> tuple[Tensor, Tensor]:
+        """Return factors and summands for rows [width * channels], or with width 0 for maps [channels, 1, 1]."""
+        key = (device, channels, width)
+        if key not in self._affine:
+            both = [t.expand(channels).to(device) for t in self._by_channel()]
+            scale, shift = (t.repeat(width) if width else t[:, None, None] for t in both)
+            self._affine[key] = scale, shift
+        return self._affine[key]
+
+    @cached_property
+    def _grey(self) -> tuple[float, float]:
+        scale, shift = self._by_channel()
+        return scale.item(), shift.item()
+
+    def _by_channel(self) -> tuple[Tensor, Tensor]:
+        std = torch.tensor(self.std or (1.0,), dtype=torch.float64)
+        mean = torch.tensor(self.mean or (0.0,), dtype=torch.float64)
+        return (1 / (255 * std)).float(), (-mean / std).float()
 
 
-def augment_images(x: Tensor, how: str, generator: torch.Generator | None, *, reflect: bool = False) -> Tensor:
+def augment_images(
+    x: Tensor,
+    how: str,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    *,
+    reflect: bool = False,
+) -> Tensor:
     """Flip and shift each image of a batch at random.
 
     Parameters
@@ -197,8 +234,8 @@ def augment_images(x: Tensor, how: str, generator: torch.Generator | None, *, re
     how : "none", "flip" or "crop-flip"
         ``flip`` mirrors half of the images; ``crop-flip`` also crops them at a random place after padding by
         4 pixels (an eighth of the side where that is less than 4, rounded up).
-    generator : torch.Generator
-        Draws one flip and two offsets per image, on its own device.
+    generator : torch.Generator or sequence of them
+        Draws one flip and two offsets per image, on its own device; of several, each for an equal part of the batch.
     reflect : bool
         Pad with the mirrored image instead of zeros (black).
 
@@ -218,10 +255,13 @@ def augment_images(x: Tensor, how: str, generator: torch.Generator | None, *, re
         raise ValueError(f"unknown augmentation {how!r}; known: none, flip, crop-flip")
     if generator is None:
         raise ValueError("augmentation needs a generator")
+    generators = [generator] if isinstance(generator, torch.Generator) else generator
     count, height, width = x.shape[:3]
+    share = (count // len(generators),)
 
     def draw(low: int, high: int) -> Tensor:
-        return torch.randint(low, high + 1, (count,), generator=generator, device=generator.device).to(x.device)
+        drawn = [torch.randint(low, high + 1, share, generator=g, device=g.device) for g in generators]
+        return torch.cat(drawn).to(x.device)
 
     flipped = draw(0, 1).bool()
     if how == "crop-flip":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -16,11 +18,16 @@ from fedkd import scenario
 from fedkd.data import cache
 from fedkd.data.batches import ArrayData
 from fedkd.data.partition import Partition, check, partition
+from fedkd.data.partitioners import MANY, RULES
 from fedkd.data.proxy import ProxySet, build_proxy, cut
-from fedkd.data.skew import Skew, Split, label_counts, local_split, skew
+from fedkd.data.shards import Shards, Splits, position
+from fedkd.data.skew import Skew, label_counts, skew
 from fedkd.data.sources import Dataset, load
 from fedkd.errors import ScenarioError
 from fedkd.seeds import Purpose, rng
+
+COUNTED = 10_000
+"""Clients whose labels are counted at most, to tell how skewed a federation is."""
 
 _KEPT = 4  # federations kept in a process: a sweep returns to the same few
 _federations: OrderedDict[str, Federation] = OrderedDict()
@@ -31,20 +38,18 @@ _lock = threading.Lock()
 class Federation:
     """The resolved clients of a scenario.
 
+    What belongs to one client is made when it is asked for, so that clients who never take part cost next to nothing.
+
     Attributes
     ----------
     dataset : Dataset
         The task's data.
     train, test : ArrayData
         Training and test samples; ids in `shards` and `server_labels` count training samples.
-    shards : tuple of Split
+    shards : sequence of Split
         Each client's sample ids, by partition id.
-    archs : tuple of str
-        Each client's model.
-    counts : np.ndarray
-        Training samples of each client and class, int64 [clients, classes].
-    skew : Skew
-        How far clients' label distributions are from the whole.
+    archs : Architectures
+        Each client's model, by partition id.
     proxy : ProxySet or None
         Samples for distillation; held-out ones belong to no client.
     server_labels : np.ndarray
@@ -56,10 +61,8 @@ class Federation:
     dataset: Dataset = field(repr=False)
     train: ArrayData = field(repr=False)
     test: ArrayData = field(repr=False)
-    shards: tuple[Split, ...] = field(repr=False)
-    archs: tuple[str, ...] = field(repr=False)
-    counts: np.ndarray = field(repr=False)
-    skew: Skew
+    shards: Splits = field(repr=False)
+    archs: Architectures = field(repr=False)
     proxy: ProxySet | None
     server_labels: np.ndarray = field(repr=False)
     notes: tuple[str, ...] = ()
@@ -74,15 +77,74 @@ class Federation:
         """Number of classes."""
         return self.dataset.num_classes
 
-    @property
+    @cached_property
     def sizes(self) -> np.ndarray:
         """Training samples of each client, int64 [clients]."""
-        return np.array([len(shard.train) for shard in self.shards], dtype=np.int64)
+        return self.shards.sizes
+
+    @cached_property
+    def eligible(self) -> np.ndarray:
+        """Partition ids of the clients with at least one training sample, int64, ascending."""
+        return np.flatnonzero(self.sizes).astype(np.int64, copy=False)
 
     @property
-    def eligible(self) -> np.ndarray:
-        """Partition ids of the clients with at least one training sample, int64."""
-        return np.flatnonzero(self.sizes).astype(np.int64)
+    def counted(self) -> range:
+        """Partition ids of the clients whose labels are counted: all, or every n-th of more than `COUNTED`."""
+        return range(0, self.num_clients, -(-self.num_clients // COUNTED))
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """Training samples of each of the `counted` clients and each class, int64 [counted, classes]."""
+        labels = self.dataset.y_train
+        return label_counts(labels, [self.shards[k].train for k in self.counted], self.num_classes)
+
+    @cached_property
+    def skew(self) -> Skew:
+        """How far label distributions of the `counted` clients are from the whole."""
+        return skew(self.counts)
+
+
+class Architectures(Sequence[str]):
+    """Each client's model, as a few names and at most one small number a client.
+
+    Parameters
+    ----------
+    names : sequence of str
+        The models.
+    clients : int
+        Number of clients.
+    codes : np.ndarray, optional
+        Which of the names each client has, integers [clients]; by default they are dealt out in turn.
+
+    Examples
+    --------
+    >>> dealt = Architectures(("cnn", "mlp"), 5)
+    >>> dealt[2], list(dealt), dealt.names
+    ('cnn', ['cnn', 'mlp', 'cnn', 'mlp', 'cnn'], ('cnn', 'mlp'))
+    """
+
+    def __init__(self, names: Sequence[str], clients: int, codes: np.ndarray | None = None) -> None:
+        self._names, self._clients, self._codes = tuple(names), clients, codes
+
+    def __len__(self) -> int:
+        return self._clients
+
+    def __getitem__(self, client: Any) -> str:
+        k = position(client, self._clients)
+        return self._names[k % len(self._names) if self._codes is None else self._codes[k]]
+
+    def __iter__(self) -> Iterator[str]:
+        if self._codes is None:
+            return itertools.islice(itertools.cycle(self._names), self._clients)
+        return (self._names[code] for code in self._codes)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The models that clients have, each once, in the order in which they come first."""
+        if self._codes is None:
+            return tuple(dict.fromkeys(self._names[: self._clients]))
+        codes, first = np.unique(self._codes, return_index=True)
+        return tuple(dict.fromkeys(self._names[code] for code in codes[np.argsort(first)]))
 
 
 def build_federation(scenario: scenario.Scenario) -> Federation:
@@ -133,23 +195,15 @@ def _build(setting: scenario.Scenario) -> Federation:
     )
     held_out, server_labels, rest = cut(setting.proxy, len(train), seed=seed)
     divided = _partition_once(dataset, rest, spec, seed)
-    archs = assign_architectures(setting.models.student, spec.clients, seed)  # of no more clients than samples
-    shards = tuple(
-        local_split(rest[mine], spec.validation, spec.test, rng(seed, Purpose.LOCAL_SPLIT, partition=k))
-        for k, mine in enumerate(divided.indices)
-    )
-    counts = label_counts(dataset.y_train, [shard.train for shard in shards], dataset.num_classes)
     return Federation(
         dataset=dataset,
         train=train,
         test=test,
-        shards=shards,
-        archs=archs,
-        counts=counts,
-        skew=skew(counts),
+        shards=Splits(divided.indices, rest, spec.validation, spec.test, seed),
+        archs=assign_architectures(setting.models.student, spec.clients, seed),
         proxy=build_proxy(setting.proxy, setting.data, dataset, train, held_out, seed=seed),
         server_labels=server_labels,
-        notes=(*_absent(setting.data, dataset), *divided.notes),
+        notes=(*_absent(setting.data, dataset), *divided.notes, *_uncounted(spec.clients)),
     )
 
 
@@ -165,30 +219,38 @@ def _absent(data: scenario.Data, dataset: Dataset) -> list[str]:
     ]
 
 
+def _uncounted(clients: int) -> list[str]:
+    """Return a note where the labels of only some clients are counted."""
+    step = -(-clients // COUNTED)
+    return [f"class counts and skew are those of every {step}th of {clients} clients"] if step > 1 else []
+
+
 def _partition_once(dataset: Dataset, rest: np.ndarray, spec: scenario.Partition, seed: int) -> Partition:
     """Return the partition, kept on disk: workers then need not import the library, which takes seconds."""
     labels = dataset.y_train[rest]
     owners = None if dataset.natural_ids is None else dataset.natural_ids[rest]
+    divide = partial(partition, labels, spec, num_classes=dataset.num_classes, seed=seed, natural_ids=owners)
+    if RULES[spec.name].shared:  # drawn in no time
+        return divide()
 
     def make() -> tuple[Mapping[str, np.ndarray], dict[str, Any]]:
-        made = partition(labels, spec, num_classes=dataset.num_classes, seed=seed, natural_ids=owners)
-        ends = np.cumsum([len(mine) for mine in made.indices])
-        return {"samples": np.concatenate(made.indices), "ends": ends}, {"notes": list(made.notes)}
+        made = divide()
+        assert isinstance(made.indices, Shards)
+        return {"samples": made.indices.samples, "ends": made.indices.ends}, {"notes": list(made.notes)}
 
     key = [
         importlib.metadata.version("flwr-datasets"),
         np.__version__,
+        MANY,
         spec.model_dump(mode="json", exclude={"validation", "test"}),
         seed,
         cache.digest(labels, *(() if owners is None else (owners,))),
     ]
     arrays, facts = cache.fetch(f"partition-{spec.name}", key, make)
-    return Partition(tuple(np.split(arrays["samples"], arrays["ends"][:-1])), tuple(facts["notes"]))
+    return Partition(Shards(arrays["samples"], arrays["ends"]), tuple(facts["notes"]))
 
 
-def assign_architectures(
-    student: str | Sequence[str] | Mapping[str, float], clients: int, seed: int
-) -> tuple[str, ...]:
+def assign_architectures(student: str | Sequence[str] | Mapping[str, float], clients: int, seed: int) -> Architectures:
     """Return each client's model.
 
     Parameters
@@ -208,8 +270,8 @@ def assign_architectures(
 
     Examples
     --------
-    >>> assign_architectures(["a", "b"], 3, seed=0)
-    ('a', 'b', 'a')
+    >>> list(assign_architectures(["a", "b"], 3, seed=0))
+    ['a', 'b', 'a']
     >>> sorted(assign_architectures({"a": 0.5, "b": 0.25, "c": 0.25}, 6, seed=0))
     ['a', 'a', 'a', 'b', 'b', 'c']
     """
@@ -218,7 +280,7 @@ def assign_architectures(
     if not student or not all(student):
         raise ScenarioError("names no model", key="models.student", hint='such as "cnn"')
     if not isinstance(student, Mapping):
-        return tuple(student[k % len(student)] for k in range(clients))
+        return Architectures(student, clients)
     shares = np.array(list(student.values()), dtype=float)
     if not (np.isfinite(shares).all() and (shares > 0).all()):
         raise ScenarioError(f"shares must be numbers > 0, are {dict(student)}", key="models.student")
@@ -227,6 +289,5 @@ def assign_architectures(
     # Stable: of equal remainders the first named gets the client.
     largest = np.argsort(-(exact - counts).round(9), kind="stable")[: clients - counts.sum()]
     counts[largest] += 1
-    dealt = [name for name, count in zip(student, counts, strict=True) for _ in range(count)]
-    order = rng(seed, Purpose.ARCHITECTURE).permutation(clients)
-    return tuple(dealt[k] for k in order)
+    dealt = np.repeat(np.arange(len(student), dtype=np.min_scalar_type(len(student))), counts)
+    return Architectures(tuple(student), clients, dealt[rng(seed, Purpose.ARCHITECTURE).permutation(clients)])

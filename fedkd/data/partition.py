@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from fedkd import scenario
-from fedkd.data.partitioners import RULES, Rule, Shards, Task, ask_library
-from fedkd.data.skew import Skew, Split, label_counts, local_split, skew
+from fedkd.data.partitioners import MANY, RULES, Rule, Task, ask_library
+from fedkd.data.shards import Drawn, Holdings, Shards, Split, local_split
+from fedkd.data.skew import Skew, label_counts, skew
 from fedkd.errors import ScenarioError
 from fedkd.seeds import Purpose, rng
 
@@ -30,13 +31,14 @@ class Partition:
 
     Attributes
     ----------
-    indices : tuple of np.ndarray
-        Sample numbers of each client, int64, sorted; no sample is in two of them.
+    indices : Holdings
+        Sample numbers of each client, int64, sorted, made when they are asked for; no sample is in two of them,
+        unless the partitioner shares samples among clients.
     notes : tuple of str
         What did not go by the book: retries, repairs, samples that nobody has.
     """
 
-    indices: tuple[np.ndarray, ...]
+    indices: Holdings
     notes: tuple[str, ...] = ()
 
 
@@ -101,12 +103,30 @@ def check(spec: scenario.Partition) -> None:
             raise ScenarioError(f"must be a list of whole numbers >= 0, is {sizes!r}", key=key)
         if len(sizes) != spec.clients:
             raise ScenarioError(f"has {len(sizes)} sizes for {spec.clients} clients", key=key)
+    if rule.shared:
+        _check_shared(spec)
     if spec.validation + spec.test >= 1:
         raise ScenarioError(
             f"validation {spec.validation} and test {spec.test} leave nothing for training",
             key="partition.validation",
             hint="their sum must be below 1",
         )
+
+
+def _check_shared(spec: scenario.Partition) -> None:
+    """Refuse what clients that draw their samples with replacement cannot have."""
+    key, size = "partition.options.samples_per_client", spec.options["samples_per_client"]
+    if type(size) is not int or size < 1:
+        raise ScenarioError(f"must be a whole number >= 1, is {size!r}", key=key)
+    if spec.min_samples > size:
+        raise ScenarioError(f"{spec.min_samples} is more than the {size} that every client has", key=key)
+    for name in ("validation", "test"):
+        if getattr(spec, name):
+            raise ScenarioError(
+                f"{spec.name} draws samples with replacement: some would be in both parts of a client's data",
+                key=f"partition.{name}",
+                hint="set it to 0; the data's own test samples are nobody's",
+            )
 
 
 def _alpha(spec: scenario.Partition) -> Any:
@@ -148,7 +168,7 @@ def partition(
     Returns
     -------
     Partition
-        One array of sample numbers per client, the same for the same arguments.
+        The sample numbers of each client, the same for the same arguments.
 
     Raises
     ------
@@ -163,16 +183,22 @@ def partition(
     seed, at most `ATTEMPTS` times. If only errors came, the same kind of partition is drawn without the
     library where possible. Clients with too few samples are then filled with random samples of the largest
     clients. Each of this is noted.
+
+    More than `partitioners.MANY` clients are drawn without the library from the start where possible.
     """
     check(spec)
     labels = np.asarray(labels)
     if len(labels) and not (labels.min() >= 0 and labels.max() < num_classes):
         raise ValueError(f"labels must be in 0..{num_classes - 1}")
+    rule = RULES[spec.name]
+    if rule.shared:
+        return Partition(Drawn(labels, spec.clients, spec.options["samples_per_client"], _alpha(spec), seed))
     if spec.clients > len(labels):
         raise ScenarioError(
             f"{spec.clients} clients are more than the {len(labels)} training samples to divide",
             key="partition.clients",
-            hint="take fewer clients, more training samples, or a smaller proxy set",
+            hint='take fewer clients, more training samples, or a smaller proxy set; with name = "resampled" '
+            "clients may share samples",
         )
     if spec.clients * spec.min_samples > len(labels):
         raise ScenarioError(
@@ -186,7 +212,6 @@ def partition(
             f"asks for {sum(sizes)} samples, but there are {len(labels)}",
             key="partition.options.partition_sizes",
         )
-    rule = RULES[spec.name]
     owners_wanted = rule.natural or spec.options.get("partition_by") == "owner"
     if owners_wanted and natural_ids is None:
         raise ScenarioError(
@@ -209,11 +234,11 @@ def partition(
     shards = _draw(rule, task, spec.name, seed, notes)
     if rule.natural:
         shards = _choose(shards, spec, seed, notes)
-    unused = len(labels) - sum(map(len, shards))
+    unused = len(labels) - len(shards.samples)
     if unused:
         notes.append(f"{spec.name} gives {unused} of {len(labels)} samples to nobody")
-    _fill(shards, spec, seed, notes)
-    return Partition(tuple(np.sort(order[shard]) for shard in shards), tuple(notes))
+    shards = _filled(shards, spec, seed, notes)
+    return Partition(shards.renamed(order), tuple(notes))
 
 
 def _draw(rule: Rule, task: Task, name: str, seed: int, notes: list[str]) -> Shards:
@@ -236,7 +261,7 @@ def _draw(rule: Rule, task: Task, name: str, seed: int, notes: list[str]) -> Sha
             if len(notes) >= FAILURES:
                 break
             continue
-        lacking = sum(max(0, task.min_samples - len(shard)) for shard in shards)
+        lacking = int(np.maximum(task.min_samples - shards.sizes, 0).sum())
         if not lacking or not rule.lucky:
             if best is not None:
                 notes.append(f"{name}: draw {attempt} is the first in which all have {task.min_samples} samples")
@@ -273,8 +298,10 @@ def _brief(error: Exception | None) -> str:
 def _asked(rule: Rule, task: Task, seed: int, attempt: int) -> Shards:
     """Return the library's shards, checked: any number of them, disjoint, of samples that exist."""
     stream = rng(seed, Purpose.PARTITION, round=attempt)
-    shards = ask_library(rule, task, int(stream.integers(2**31)))
-    every = np.concatenate(shards) if shards else np.empty(0, dtype=np.int64)
+    if rule.spare is not None and task.clients > MANY:
+        return rule.spare(task, stream)
+    shards = Shards.of(ask_library(rule, task, int(stream.integers(2**31))))
+    every = shards.samples
     inside = every.size == 0 or (every.min() >= 0 and every.max() < len(task.labels))
     if not inside or len(np.unique(every)) != len(every):
         raise ValueError("its shards overlap or name samples that do not exist")
@@ -293,38 +320,42 @@ def _choose(shards: Shards, spec: scenario.Partition, seed: int, notes: list[str
         return shards
     chosen = np.sort(rng(seed, Purpose.PARTITION, round=_CHOICE).permutation(len(shards))[: spec.clients])
     notes.append(f"{spec.clients} of {len(shards)} natural clients were chosen at random")
-    return [shards[k] for k in chosen]
+    return Shards.of(shards[k] for k in chosen)
 
 
-def _fill(shards: Shards, spec: scenario.Partition, seed: int, notes: list[str]) -> None:
-    """Move random samples from the largest clients to those with fewer than `min_samples`, in place."""
-    short = [k for k, shard in enumerate(shards) if len(shard) < spec.min_samples]
+def _filled(shards: Shards, spec: scenario.Partition, seed: int, notes: list[str]) -> Shards:
+    """Return shards in which those with fewer than `min_samples` got random samples of the largest ones."""
+    sizes = shards.sizes
+    short = np.flatnonzero(sizes < spec.min_samples).tolist()
     if not short:
-        return
-    if sum(map(len, shards)) < spec.min_samples * len(shards):
+        return shards
+    if len(shards.samples) < spec.min_samples * len(shards):
         raise ScenarioError(
-            f"{spec.name} gives out {sum(map(len, shards))} samples: too few for {len(shards)} clients "
+            f"{spec.name} gives out {len(shards.samples)} samples: too few for {len(shards)} clients "
             f"with {spec.min_samples} each",
             key="partition.min_samples",
         )
     stream = rng(seed, Purpose.PARTITION, round=_REPAIR)
+    moved = int((spec.min_samples - sizes[short]).sum())
+    # A sorted list is a heap, and nobody gives before the `moved` largest have given.
+    largest = [(-int(sizes[k]), k) for k in np.argsort(-sizes, kind="stable")[:moved].tolist()]
     stacks: dict[int, list[int]] = {}
-    largest = [(-len(shard), k) for k, shard in enumerate(shards)]
-    heapq.heapify(largest)
-    moved = 0
+    changed: dict[int, list[int]] = {}
     for k in short:
-        taken = []
-        for _ in range(spec.min_samples - len(shards[k])):
+        changed[k] = shards[k].tolist()
+        for _ in range(spec.min_samples - len(changed[k])):
             size, donor = heapq.heappop(largest)
             if donor not in stacks:
                 stacks[donor] = stream.permutation(shards[donor]).tolist()
-            taken.append(stacks[donor].pop())
+            changed[k].append(stacks[donor].pop())
             heapq.heappush(largest, (size + 1, donor))
-        shards[k] = np.concatenate([shards[k], np.array(taken, dtype=np.int64)])
-        moved += len(taken)
-    for donor, left in stacks.items():
-        shards[donor] = np.array(left, dtype=np.int64)
+    changed |= stacks
     notes.append(
         f"{moved} samples were moved from the largest clients ({len(stacks)}) to those "
         f"with fewer than {spec.min_samples} ({len(short)})"
     )
+    owners, clients = shards.owners, len(shards)
+    rest = ~np.isin(owners, list(changed))
+    samples = [shards.samples[rest], *(np.array(mine, dtype=np.int64) for mine in changed.values())]
+    owners = [owners[rest], *(np.full(len(mine), k) for k, mine in changed.items())]
+    return Shards.grouped(np.concatenate(samples), np.concatenate(owners), clients)

@@ -1,4 +1,4 @@
-"""The partitioners of flwr-datasets by name: parameters, how they are called, what replaces a failed one.
+"""The partitioners by name: parameters, how those of flwr-datasets are called, what replaces a failed one.
 
 The library is imported when it is first needed: that takes seconds.
 """
@@ -14,10 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from fedkd.data.shards import Shards
 from fedkd.errors import ScenarioError
 from fedkd.plugins import load_object
 
-Shards = list[np.ndarray]
+MANY = 10_000
+"""With more clients than this, a partition that can be drawn without the library is: its loops over clients and
+classes would take minutes."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Rule:
     Attributes
     ----------
     library : str
-        Class in ``flwr_datasets.partitioner``.
+        Class in ``flwr_datasets.partitioner``; empty for one that is ours alone.
     summary : str
         One line for people.
     passes : tuple of str
@@ -50,7 +53,7 @@ class Rule:
     optional, required : tuple of str
         Parameters that a scenario may and must set in ``partition.options``.
     spare : Draw or None
-        Draws a partition of the same kind where the library gives none.
+        Draws a partition of the same kind where the library gives none, or has too many clients.
     """
 
     library: str
@@ -76,23 +79,40 @@ class Rule:
         return "min_partition_size" in self.passes
 
     @property
+    def shared(self) -> bool:
+        """Whether several clients may have a sample, so that there may be more clients than samples."""
+        return not self.library
+
+    @property
     def natural(self) -> bool:
         """Whether the data, not the scenario, say how many shards there are."""
         return "num_partitions" not in self.passes and "partition_sizes" not in (*self.passes, *self.required)
 
 
+def _iid(task: Task, rng: np.random.Generator) -> Shards:
+    """Cut the samples, which are shuffled, into equal parts."""
+    return Shards(np.arange(len(task.labels)), np.cumsum(even_sizes(len(task.labels), task.clients)))
+
+
 def _dirichlet(task: Task, rng: np.random.Generator) -> Shards:
     """Divide each class by its own Dirichlet proportions, any alpha > 0."""
     alpha = np.broadcast_to(np.asarray(task.alpha, dtype=float), task.clients)
-    parts: list[Shards] = []
+    held = np.zeros(task.clients, dtype=np.int64)
+    samples, owners = [], []
     for label in np.unique(task.labels):
         members = np.flatnonzero(task.labels == label)
         share = rng.dirichlet(alpha)
+        if task.options.get("self_balancing"):  # who has more than the average gets no more
+            share = np.where(held > len(task.labels) / task.clients, 0.0, share)
         if not (np.isfinite(share).all() and share.sum() > 0):  # underflow: the limit alpha -> 0 is one client
-            share = np.eye(task.clients)[rng.integers(task.clients)]
-        cuts = (np.cumsum(share / share.sum()) * len(members)).astype(int)[:-1]
-        parts.append(np.split(members, np.minimum(cuts, len(members))))
-    return [np.concatenate(mine) for mine in zip(*parts, strict=True)]
+            share = (np.arange(task.clients) == rng.integers(task.clients)).astype(float)
+        cuts = np.minimum((np.cumsum(share / share.sum()) * len(members)).astype(int), len(members))
+        cuts[-1] = len(members)
+        counts = np.diff(cuts, prepend=0)
+        held += counts
+        samples.append(members)
+        owners.append(np.repeat(np.arange(task.clients), counts))
+    return Shards.grouped(np.concatenate(samples), np.concatenate(owners), task.clients)
 
 
 def _inner_dirichlet(task: Task, rng: np.random.Generator) -> Shards:
@@ -101,7 +121,7 @@ def _inner_dirichlet(task: Task, rng: np.random.Generator) -> Shards:
     classes = int(task.labels.max()) + 1
     alpha = np.broadcast_to(np.asarray(task.alpha, dtype=float), classes)
     pools = [rng.permutation(np.flatnonzero(task.labels == c)).tolist() for c in range(classes)]
-    shards: Shards = [np.empty(0, dtype=np.int64)] * len(sizes)
+    shards = [np.empty(0, dtype=np.int64)] * len(sizes)
     for client in rng.permutation(len(sizes)):
         share = rng.dirichlet(alpha)
         if not np.isfinite(share).all():
@@ -115,7 +135,7 @@ def _inner_dirichlet(task: Task, rng: np.random.Generator) -> Shards:
             for c, count in enumerate(np.minimum(rng.multinomial(sizes[client] - len(mine), chance), left)):
                 mine += [pools[c].pop() for _ in range(count)]
         shards[client] = np.array(mine, dtype=np.int64)
-    return shards
+    return Shards.of(shards)
 
 
 def _in_proportion(weigh: Callable[[np.ndarray], np.ndarray]) -> Draw:
@@ -138,13 +158,13 @@ def _sized(weight: np.ndarray, samples: int) -> Shards:
         raise ValueError(f"sizes must be finite, not negative and not all 0; got {weight.tolist()[:5]}...")
     sizes = (weight / weight.sum() * samples).astype(int)
     sizes[-1] += samples - sizes.sum()  # what rounding left, to the last client as the library does
-    return np.split(np.arange(samples), np.cumsum(sizes)[:-1])
+    return Shards(np.arange(samples), np.cumsum(sizes))
 
 
 _LABEL = ("num_partitions", "partition_by", "seed")
 
 RULES: dict[str, Rule] = {
-    "iid": Rule("IidPartitioner", "equal random shares"),
+    "iid": Rule("IidPartitioner", "equal random shares", spare=_iid),
     "dirichlet": Rule(
         "DirichletPartitioner",
         "each class divided by Dirichlet(alpha) proportions",
@@ -209,6 +229,13 @@ RULES: dict[str, Rule] = {
         ("partition_by",),
         ("strictness",),
     ),
+    "resampled": Rule(
+        "",
+        "any number of clients that draw samples with replacement, each from its own Dirichlet(alpha) class mixture",
+        ("num_partitions", "alpha"),
+        ("alpha",),
+        ("samples_per_client",),
+    ),
 }
 
 
@@ -223,7 +250,7 @@ def even_sizes(samples: int, clients: int) -> list[int]:
     return [samples // clients + (k < samples % clients) for k in range(clients)]
 
 
-def ask_library(rule: Rule, task: Task, seed: int) -> Shards:
+def ask_library(rule: Rule, task: Task, seed: int) -> list[np.ndarray]:
     """Return the shards of the flwr-datasets partitioner.
 
     Raises

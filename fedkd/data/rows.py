@@ -50,8 +50,11 @@ class Rows(Dataset):
 
     def shard(self, num_shards: int, index: int, contiguous: bool = True, **kwargs: Any) -> Any:
         """Return one of `num_shards` equal parts (up to one row), neighbouring rows or every n-th."""
-        parts = np.array_split(self.rows, num_shards) if contiguous else [self.rows[index::num_shards]]
-        return _Chosen(parts[index] if contiguous else parts[0])
+        if not contiguous:
+            return _Chosen(self.rows[index::num_shards])
+        size, longer = divmod(len(self.rows), num_shards)  # the first `longer` parts have one row more
+        start = index * size + min(index, longer)
+        return _Chosen(self.rows[start : start + size + (index < longer)])
 
     def sort(self, column_names: Any, *args: Any, **kwargs: Any) -> Rows:
         """Return all rows, stably sorted by a column."""

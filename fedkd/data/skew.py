@@ -1,4 +1,4 @@
-"""Label distributions of clients, how skewed they are, and each client's own split."""
+"""Label distributions of clients, and how skewed they are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+_ROWS = 4096  # clients at once: the shares of all would be several copies of their counts
 
 
 def label_counts(labels: np.ndarray, indices: Sequence[np.ndarray], num_classes: int) -> np.ndarray:
@@ -18,10 +20,9 @@ def label_counts(labels: np.ndarray, indices: Sequence[np.ndarray], num_classes:
            [0, 1],
            [0, 0]])
     """
-    counts = np.zeros((len(indices), num_classes), dtype=np.int64)
-    for row, index in zip(counts, indices, strict=True):
-        row += np.bincount(labels[index], minlength=num_classes)
-    return counts
+    owners = np.repeat(np.arange(len(indices)), [len(index) for index in indices])
+    cells = owners * num_classes + labels[np.concatenate([*indices, np.empty(0, dtype=np.int64)])]
+    return np.bincount(cells, minlength=len(indices) * num_classes).reshape(len(indices), num_classes)
 
 
 @dataclass(frozen=True)
@@ -52,53 +53,22 @@ def skew(counts: np.ndarray) -> Skew:
     >>> skew(np.zeros((2, 3)))
     Skew(jensen_shannon=0.0, effective_classes=0.0)
     """
-    counts = np.asarray(counts, dtype=float)
+    counts = np.asarray(counts)
     counts = counts[counts.sum(axis=1) > 0]
     if not len(counts):
         return Skew(0.0, 0.0)
-    shares = counts / counts.sum(axis=1, keepdims=True)
     whole = counts.sum(axis=0) / counts.sum()
-    entropy = _entropy(shares)
-    divergence = _entropy((shares + whole) / 2) - (entropy + _entropy(whole)) / 2
-    # Rounding can leave -1e-17 for equal distributions.
-    divergence = np.clip(divergence / np.log(2), 0.0, 1.0)
-    return Skew(float(divergence.mean()), float(np.exp(entropy).mean()))
+    entropies, divergences = [], []
+    for rows in np.split(counts, range(_ROWS, len(counts), _ROWS)):
+        shares = rows / rows.sum(axis=1, keepdims=True)
+        entropy = _entropy(shares)
+        divergence = _entropy((shares + whole) / 2) - (entropy + _entropy(whole)) / 2
+        entropies.append(entropy)
+        # Rounding can leave -1e-17 for equal distributions.
+        divergences.append(np.clip(divergence / np.log(2), 0.0, 1.0))
+    return Skew(float(np.concatenate(divergences).mean()), float(np.exp(np.concatenate(entropies)).mean()))
 
 
 def _entropy(p: np.ndarray) -> np.ndarray:
     """Entropy in nats over the last axis, with 0 log 0 = 0."""
     return -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1)
-
-
-@dataclass(frozen=True)
-class Split:
-    """A client's samples by use: ids of training, validation and test samples, sorted and disjoint."""
-
-    train: np.ndarray
-    validation: np.ndarray
-    test: np.ndarray
-
-
-def local_split(indices: np.ndarray, validation: float, test: float, rng: np.random.Generator) -> Split:
-    """Split a client's samples at random.
-
-    Parameters
-    ----------
-    indices : np.ndarray
-        The client's samples.
-    validation, test : float
-        Shares of them, rounded down, so that a client with samples always has some to train on.
-    rng : np.random.Generator
-        Chooses them.
-
-    Examples
-    --------
-    >>> split = local_split(np.arange(10), 0.2, 0.3, np.random.default_rng(0))
-    >>> len(split.train), len(split.validation), len(split.test)
-    (5, 2, 3)
-    """
-    order = rng.permutation(np.asarray(indices, dtype=np.int64))
-    # A product such as 0.29 * 100 lies just below the whole number that is meant.
-    first = int(validation * len(order) + 1e-9)
-    second = first + int(test * len(order) + 1e-9)
-    return Split(np.sort(order[second:]), np.sort(order[:first]), np.sort(order[first:second]))

@@ -24,6 +24,15 @@ def test_images_are_normalised_per_channel(channels_last):
     assert batch.y.tolist() == batch.ids.tolist() == [4, 0, 4]
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_grey_images_are_normalised_in_the_layout_asked_for(channels_last):
+    x = np.random.default_rng(0).integers(0, 256, (5, 9, 7), dtype=np.uint8)
+    batch = ArrayData(x, mean=(0.1,), std=(0.5,)).gather(np.array([3, 1]), channels_last=channels_last)
+    assert np.allclose(batch.x.numpy()[:, 0], (x[[3, 1]] / 255 - 0.1) / 0.5, atol=1e-6)
+    # With one channel both layouts count as both; the strides decide what a convolution makes of it.
+    assert batch.x.stride() == ((63, 1, 7, 1) if channels_last else (63, 63, 7, 1))
+
+
 def test_other_kinds_and_missing_labels():
     tokens = ArrayData(np.array([[1, 2], [3, 0]], dtype=np.uint16), None, kind="tokens")
     vectors = ArrayData(np.ones((2, 3), dtype=np.float32), np.array([1, 0]), kind="vector")
@@ -115,6 +124,16 @@ def test_augmentation_depends_on_its_generator_alone():
     assert torch.equal(one, again) and not torch.equal(one, other)
     with pytest.raises(ValueError, match="generator"):
         data.gather(ids, augment="flip")
+
+
+def test_several_generators_draw_for_their_own_part(how="crop-flip"):
+    images = torch.arange(6 * 8 * 8).reshape(6, 8, 8, 1)
+
+    def generators():
+        return [torch.Generator().manual_seed(seed) for seed in (1, 2, 3)]
+
+    parts = [augment_images(part, how, own) for part, own in zip(images.split(2), generators(), strict=True)]
+    assert torch.equal(augment_images(images, how, generators()), torch.cat(parts))
 
 
 def test_epochs_hold_every_id_once():
