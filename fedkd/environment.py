@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from fedkd.threads import cores
 _PACKAGES = ("fedkd", "flwr", "flwr-datasets", "torch", "torchvision", "ray", "numpy", "scikit-learn")
 
 
-def environment(scenario: Scenario, workers: int) -> dict[str, Any]:
+def environment(scenario: Scenario, workers: int, preflight: Mapping[str, Any]) -> dict[str, Any]:
     """Return versions, machine kind and git commit; never host names, users or paths.
 
     Parameters
@@ -26,6 +27,8 @@ def environment(scenario: Scenario, workers: int) -> dict[str, Any]:
         The resolved scenario.
     workers : int
         Worker processes; 0 = none, everything in this process.
+    preflight : mapping
+        What was measured before round 1.
     """
     device = pick_device(scenario.system.device)
     return {
@@ -39,7 +42,9 @@ def environment(scenario: Scenario, workers: int) -> dict[str, Any]:
         "workers": workers,
         "threads_per_client": 1,
         "server_threads": scenario.system.server_threads,
-        "trainer": "sequential",
+        "trainer": scenario.system.trainer,
+        "cohort": scenario.system.cohort,
+        "preflight": dict(preflight),
         "git_commit": _git_commit(),
     }
 

@@ -3,10 +3,15 @@
 A message carries one `Knowledge`: at most one payload of each kind, the number of examples behind it, and
 scalar metrics. On the wire every payload is one ``ArrayRecord`` named after its kind, and a ``ConfigRecord``
 ``<kind>.meta`` for what is not an array; so stock Flower strategies can average a reply that holds weights.
+
+Tensors of received knowledge share the memory of the message, which other clients of the process may be reading too:
+clone them before changing them in place.
 """
 
 from __future__ import annotations
 
+import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,10 +19,15 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
+from fedkd.arrays import array_record, view
 from fedkd.errors import KnowledgeError
+
+# Received tensors are for reading (see above). Of that torch warns once in a process: here, where nobody hears it.
+with warnings.catch_warnings(action="ignore"):
+    torch.from_numpy(np.frombuffer(b"\0", np.uint8))
 
 METRICS = "metrics"
 CONFIG = "config"
@@ -50,7 +60,8 @@ class Payload(ABC):
 
 
 def _finite(values: Tensor, what: str) -> None:
-    if not bool(torch.isfinite(values).all()):
+    # Infinities and NaN survive in a sum, which is ten times as fast; it may be infinite without them, too.
+    if not math.isfinite(values.sum()) and not bool(torch.isfinite(values).all()):
         raise KnowledgeError(f"{what} holds NaN or infinite numbers")
 
 
@@ -386,7 +397,7 @@ class Knowledge:
         """Write as Flower records; `config` travels beside the knowledge, under ``config``."""
         records = RecordDict()
         for kind, payload in self.payloads.items():
-            records[kind] = ArrayRecord({name: Array(a) for name, a in payload.arrays().items()})
+            records[kind] = array_record(payload.arrays())
             records[f"{kind}.meta"] = ConfigRecord(payload.meta())
         metrics: dict[str, Any] = {NUM_EXAMPLES: int(self.num_examples)}
         metrics |= {name: float(value) for name, value in self.metrics.items()}
@@ -410,7 +421,7 @@ class Knowledge:
             if name not in KINDS:
                 raise KnowledgeError(f"payload {kind!r} is of unknown type {name!r}")
             try:
-                payloads[kind] = KINDS[name].read(kind, {k: v.numpy() for k, v in arrays.items()}, meta)
+                payloads[kind] = KINDS[name].read(kind, {k: view(v) for k, v in arrays.items()}, meta)
             except Exception as error:  # whatever a stranger's bytes may cause
                 reason = f"payload {kind!r} cannot be read: {type(error).__name__}: {error}"
                 raise KnowledgeError(reason) from error

@@ -18,33 +18,34 @@ import os
 import re
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from flwr.app import RecordDict
 
 from fedkd import plugins
+from fedkd.checkpoints import Checkpoints, restore
 from fedkd.checks import check, check_data
 from fedkd.client.handlers import make_app
 from fedkd.data.federation import Federation, build_federation
 from fedkd.data.local import find_file
 from fedkd.engine import InlineGrid, Nodes, RayGrid
 from fedkd.engine.grid import SimulationGrid
+from fedkd.engine.placement import PER_GPU
 from fedkd.environment import environment
 from fedkd.errors import FedKDError, RunError, ScenarioError
 from fedkd.files import write_atomic
+from fedkd.preflight import Report, preflight
 from fedkd.run_folder import (
     drop_partial_line,
     folder_of,
-    last_checkpoint,
     locked,
     read_metrics,
-    restore,
-    save_checkpoint,
     write_model,
 )
 from fedkd.scenario import Scenario
@@ -80,6 +81,9 @@ class Listener:
     def run_started(self, folder: Path, scenario: Scenario, federation: Federation, done: int) -> None:
         """A run of a scenario, as it was asked for, begins or goes on after `done` rounds."""
 
+    def preflight(self, report: Report) -> None:
+        """What clients take was measured, and where and how they are computed is decided."""
+
     def event(self, event: Event) -> None:
         """Something happened: ``started``, ``reply``, ``refused``, ``round``."""
 
@@ -113,7 +117,9 @@ class Result:
             row["clients_accuracy"] = self.summary["clients"]
         row["bytes_up"] = sum(self.summary["bytes_up"].values())
         row["bytes_down"] = sum(self.summary["bytes_down"].values())
-        row["seconds"] = self.summary["seconds"]
+        for key in ("simulated_seconds", "seconds"):
+            if self.summary.get(key) is not None:
+                row[key] = self.summary[key]
         return {**row, "values": dict(values or {})}
 
 
@@ -261,7 +267,7 @@ def shared_engine(scenario: Scenario) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    start_ray(scenario.system.address, workers_of(scenario))
+    start_ray(scenario.system.address, scenario.system.workers)
     try:
         yield
     finally:
@@ -270,28 +276,38 @@ def shared_engine(scenario: Scenario) -> Iterator[None]:
 
 def resolve(scenario: Scenario) -> Scenario:
     """Fill in what depends on this machine: the server's threads, and where files are, as absolute paths."""
-    system, data, proxy = scenario.system, scenario.data, scenario.proxy
+    system, data, proxy, clock = scenario.system, scenario.data, scenario.proxy, scenario.clock
     if not system.server_threads:
         system = system.model_copy(update={"server_threads": cores()})
     folder = os.path.abspath(os.path.expanduser(data.folder)) if data.folder else os.environ.get("FEDKD_DATA", "")
     data = data.model_copy(update={"source": _absolute(data.source, data.folder), "folder": folder})
     proxy = proxy.model_copy(update={"source": _absolute(proxy.source, data.folder)})
-    return scenario.model_copy(update={"system": system, "data": data, "proxy": proxy})
+    files = {key: _absolute(getattr(clock, key), data.folder) for key in ("profile", "availability")}
+    clock = clock.model_copy(update=files)
+    return scenario.model_copy(update={"system": system, "data": data, "proxy": proxy, "clock": clock})
 
 
 def _absolute(source: str, folder: str) -> str:
     kind, _, name = source.partition(":")
-    return f"npz:{find_file(name, folder)}" if kind == "npz" else source
+    return f"{kind}:{find_file(name, folder)}" if kind in ("npz", "file", "trace") else source
 
 
-def workers_of(scenario: Scenario) -> int:
-    """Return the number of worker processes: as set, else four a GPU, else one a core."""
-    gpus = torch.cuda.device_count() if scenario.system.device != "cpu" else 0
-    return scenario.system.workers or (4 * gpus if gpus else cores())
+def make_grid(
+    scenario: Scenario, federation: Federation, *, probe: bool = False, worker_bytes: int = 0
+) -> SimulationGrid:
+    """Return the engine that a scenario asks for, over the clients of a federation.
 
-
-def make_grid(scenario: Scenario, federation: Federation) -> SimulationGrid:
-    """Return the engine that a scenario asks for, over the clients of a federation."""
+    Parameters
+    ----------
+    scenario : Scenario
+        The resolved scenario. Without workers there is one for each CPU, or four share a GPU.
+    federation : Federation
+        Its clients.
+    probe : bool
+        Whether the grid is there to measure clients: where there are GPUs it is one worker with a whole one.
+    worker_bytes : int
+        Memory that a worker needs; 0 = not known.
+    """
     nodes = Nodes(
         partition_ids=torch.arange(federation.num_clients).numpy(),
         archs=federation.archs,
@@ -299,11 +315,33 @@ def make_grid(scenario: Scenario, federation: Federation) -> SimulationGrid:
     )
     app_factory = partial(make_app, scenario)
     if scenario.system.engine == "inline":
-        return InlineGrid(app_factory, nodes)
-    workers = workers_of(scenario)
-    gpus = torch.cuda.device_count() if scenario.system.device != "cpu" else 0
-    share = scenario.system.gpu_fraction or gpus / workers
-    return RayGrid(app_factory, nodes, workers=workers, gpus_per_worker=share, address=scenario.system.address)
+        return InlineGrid(app_factory, nodes, cohort=scenario.system.cohort)
+    gpus = _gpus(scenario)
+    workers = scenario.system.workers or PER_GPU * gpus
+    share = scenario.system.gpu_fraction or (min(1.0, gpus / workers) if gpus else 0.0)
+    if probe and gpus:
+        workers, share = 1, 1.0
+    return RayGrid(
+        app_factory,
+        nodes,
+        cohort=scenario.system.cohort,
+        workers=workers,
+        gpus_per_worker=share,
+        worker_bytes=worker_bytes,
+        address=scenario.system.address,
+    )
+
+
+def _gpus(scenario: Scenario) -> int:
+    """Return the number of GPUs that clients may use, in the cluster where one is joined."""
+    if scenario.system.device == "cpu":
+        return 0
+    if scenario.system.engine == "ray":
+        import ray
+
+        if ray.is_initialized():
+            return int(ray.cluster_resources().get("GPU", 0))
+    return torch.cuda.device_count()
 
 
 # --- one run -------------------------------------------------------------------------------------------------
@@ -338,15 +376,13 @@ def _run_locked(
     logging.getLogger("flwr").setLevel(logging.WARNING)
     keep_freed_memory()
     asked, scenario = scenario, resolve(scenario)
-    if (folder / "scenario.toml").exists():  # results depend on the number of threads: it stays what it was
-        recorded = load(str(folder / "scenario.toml")).scenario.system.server_threads
-        system = scenario.system.model_copy(update={"server_threads": recorded})
-        scenario = scenario.model_copy(update={"system": system})
+    if (folder / "scenario.toml").exists():
+        scenario = _as_recorded(scenario, load(str(folder / "scenario.toml")).scenario)
     write_atomic(folder / "scenario.toml", dump(scenario).encode())
-    workers = 0 if scenario.system.engine == "inline" else workers_of(scenario)
-    write_atomic(folder / "environment.json", json.dumps(environment(scenario, workers), indent=2).encode())
-    tree = last_checkpoint(folder)
-    began, spent = time.perf_counter(), float(tree["seconds"]) if tree else 0.0
+    known = _known_preflight(folder)
+    checkpoints = Checkpoints(folder)
+    saved = checkpoints.load()
+    began, spent = time.perf_counter(), float(saved[0]["seconds"]) if saved else 0.0
     drop_partial_line(folder / "metrics.jsonl")
     with (folder / "metrics.jsonl").open("a") as log:
 
@@ -356,23 +392,34 @@ def _run_locked(
                 log.flush()
             listener.event(event)
 
-        grid = None
+        grid, engine = None, ExitStack()
         try:
-            grid = make_grid(scenario, federation)
+            engine.enter_context(shared_engine(scenario))
+            grid = make_grid(scenario, federation, probe=known is None)
             server = ServerRuntime(scenario, grid, write)
             strategy.bind(server)
-            if tree is not None:
-                restore(tree, strategy, server, grid)
+            listener.run_started(folder, asked, federation, int(saved[0]["round"]) if saved else 0)
+            if known is None:
+                report = preflight(server, strategy)
+                listener.preflight(report)
+                grid = _settle(grid, scenario, report, federation)
+                scenario, known = report.scenario, report.facts
+                server.scenario, server.grid = scenario, grid
+                write_atomic(folder / "scenario.toml", dump(scenario).encode())
+            facts = environment(scenario, grid.workers, known)
+            write_atomic(folder / "environment.json", json.dumps(facts, indent=2).encode())
+            grid.on_lost = partial(_recover, checkpoints, write)
+            if saved is not None:
+                restore(*saved, strategy, server, grid)
                 write({"event": "resumed", "after_round": strategy.round})
             elif log.tell():
                 write({"event": "resumed", "after_round": 0})
-            listener.run_started(folder, asked, federation, strategy.round)
 
             def after_round() -> None:
                 every, rounds = scenario.run.checkpoint_every, scenario.run.rounds
                 if strategy.round % every == 0 or strategy.round == rounds:
                     seconds = spent + time.perf_counter() - began
-                    save_checkpoint(folder, strategy, server, grid, seconds)
+                    checkpoints.save(strategy, server, grid, seconds)
 
             strategy.start(grid, after_round=after_round)
             seconds = spent + time.perf_counter() - began
@@ -394,10 +441,47 @@ def _run_locked(
         finally:
             if grid is not None:
                 grid.close()
+            engine.close()
     (folder / "error.txt").unlink(missing_ok=True)
     result = Result(folder, summary)
     listener.run_ended(result)
     return result
+
+
+def _as_recorded(scenario: Scenario, recorded: Scenario) -> Scenario:
+    """Return a scenario with what was settled when its run began, and what results depend on."""
+    old, system = recorded.system, scenario.system
+    settled: dict[str, Any] = {name: getattr(old, name) for name in ("server_threads", "trainer", "cohort")}
+    if not (system.workers or system.gpu_fraction):
+        settled |= {"workers": old.workers, "gpu_fraction": old.gpu_fraction}
+    return scenario.model_copy(update={"system": system.model_copy(update=settled)})
+
+
+def _known_preflight(folder: Path) -> dict[str, Any] | None:
+    """Return what was measured when the run began; None if it has not come so far."""
+    try:
+        return json.loads((folder / "environment.json").read_text())["preflight"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _settle(grid: SimulationGrid, asked: Scenario, report: Report, federation: Federation) -> SimulationGrid:
+    """Return a grid as a preflight wants it: the one that it used, if its workers are right."""
+    scenario = report.scenario
+    if grid.workers and (report.placement.workers, report.placement.gpu_fraction) != (grid.workers, 0.0):
+        grid.close()
+        return make_grid(scenario, federation, worker_bytes=report.placement.worker_bytes)
+    grid.cohort = scenario.system.cohort
+    if (asked.system.trainer, scenario.system.trainer) == ("auto", "vectorised"):
+        grid.load_app(partial(make_app, scenario))
+    return grid
+
+
+def _recover(checkpoints: Checkpoints, write: Callable[[Event], None], partition_id: int) -> RecordDict | None:
+    """Return the last saved state of a client, for one that was lost with its node; report the loss."""
+    at, state = checkpoints.state_of(partition_id)
+    write({"event": "state-lost", "partition_id": partition_id, "restored_from": at})
+    return state
 
 
 def summarise(
@@ -415,6 +499,11 @@ def summarise(
     last = measured[max(measured)] if measured else {}
     best = max(measured.values(), key=lambda e: e["accuracy"], default={})
     predictors = last.get("predictors", {})
+    so_far: dict[int, int] = {}
+    total = sum(kinds.total() for kinds in server.traffic.values())
+    for event in reversed(rounds):  # what travelled before round 1 is in none of them
+        so_far[event["round"]] = total
+        total -= sum(event["bytes_up"].values()) + sum(event["bytes_down"].values())
     return {
         "label": scenario.label or scenario.strategy.name,
         "strategy": scenario.strategy.name,
@@ -432,13 +521,17 @@ def summarise(
         "bytes_up": dict(server.traffic["up"]),
         "bytes_down": dict(server.traffic["down"]),
         "seconds": round(seconds, 3),
+        "simulated_seconds": None if server.clock is None else server.clock.time,
         "seconds_by_verb": {
             verb: round(sum(e["seconds"][verb] for e in rounds), 3) for verb in ("train", "distill", "evaluate")
         },
         "refused": sum(e["event"] == "refused" for e in events),
+        "states_lost": sum(e["event"] == "state-lost" for e in events),
         "skew": {
             "jensen_shannon": federation.skew.jensen_shannon,
             "effective_classes": federation.skew.effective_classes,
         },
         "curve": [[r, measured[r]["accuracy"]] for r in sorted(measured)],
+        "curve_bytes": [so_far[r] for r in sorted(measured)],
+        "curve_simulated_time": [measured[r]["simulated_time"] for r in sorted(measured) if server.clock is not None],
     }

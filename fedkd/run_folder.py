@@ -1,28 +1,21 @@
-"""The folder of a run: its name, event log, checkpoints and models; what survives a crash."""
+"""The folder of a run: its name, event log, lock and models."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from fedkd import checkpoint
-from fedkd.engine.grid import SimulationGrid
 from fedkd.errors import RunError
 from fedkd.files import write_atomic
 from fedkd.scenario import Scenario, digest
-from fedkd.server.runtime import Event, ServerRuntime
-from fedkd.server.strategy import DistillationStrategy
+from fedkd.server.runtime import Event
 
 
 def folder_of(scenario: Scenario, out: Path, fresh: bool) -> Path:
@@ -62,42 +55,6 @@ def write_model(path: Path, state: Mapping[str, torch.Tensor], arch: str) -> Non
     os.replace(temporary, path)
 
 
-def last_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """Return the last checkpoint that can be read; the one before is kept for a crash in the middle of writing."""
-    found = sorted((folder / "checkpoints").glob("round-*"), reverse=True)
-    for path in found:
-        try:
-            return checkpoint.load(path)
-        except (OSError, ValueError, SafetensorError) as error:
-            logging.getLogger("fedkd").warning("checkpoint %s cannot be read (%s)", path.name, error)
-    if found:
-        raise RunError(f"no checkpoint in {folder / 'checkpoints'} can be read\n  start anew with: fedkd run … --fresh")
-    return None
-
-
-def save_checkpoint(
-    folder: Path, strategy: DistillationStrategy, server: ServerRuntime, grid: SimulationGrid, seconds: float
-) -> None:
-    """Write a checkpoint under a temporary name and rename it; keep the one before, remove older ones."""
-    root = folder / "checkpoints"
-    final = root / f"round-{strategy.round:06d}"
-    temporary = root / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    tree = {
-        "round": strategy.round,
-        "seconds": seconds,
-        "traffic": {way: dict(kinds) for way, kinds in server.traffic.items()},
-        "strategy": strategy.state_dict(),
-        "clients": {str(p): checkpoint.records_to_tree(records) for p, records in grid.state_dict().items()},
-    }
-    checkpoint.save(tree, temporary)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-    for path in sorted(root.glob("round-*"))[:-2]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def drop_partial_line(path: Path) -> None:
     """Remove a last line that a crash cut off, so that the next event does not continue it."""
     if path.exists():
@@ -126,13 +83,3 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError:
             raise RunError(f"another process is at work in {folder}") from None
         yield
-
-
-def restore(
-    tree: Mapping[str, Any], strategy: DistillationStrategy, server: ServerRuntime, grid: SimulationGrid
-) -> None:
-    """Restore strategy, traffic and clients from a checkpoint."""
-    strategy.load_state_dict(tree["strategy"])
-    for way, kinds in tree["traffic"].items():
-        server.traffic[way].update(kinds)
-    grid.load_state_dict({int(p): checkpoint.tree_to_records(records) for p, records in tree["clients"].items()})

@@ -18,12 +18,11 @@ from fedkd.losses.response import kd
 from fedkd.payloads import Knowledge, ProxyOutputs, Request
 from fedkd.seeds import Purpose
 from fedkd.server.distiller import Distiller
-from fedkd.server.ensemble import Ensemble
-from fedkd.server.members import StoredMember
-from fedkd.server.runtime import Upload
 from fedkd.server.strategy import DistillationStrategy
 from fedkd.server.targets import Targets
+from fedkd.server.totals import OutputMeans
 from fedkd.server.transforms import Era
+from fedkd.server.uploads import Upload, sum_up
 
 if TYPE_CHECKING:
     from fedkd.client.student import Student
@@ -124,18 +123,15 @@ class DSFL(DistillationStrategy):
             payloads.append(self.labels)
         return dict.fromkeys(selected, Knowledge.of(*payloads))
 
-    def check(self, upload: Upload) -> None:
-        """Refuse outputs for other samples, of another size, or that are no distributions."""
-        outputs = upload.knowledge.get(ProxyOutputs)
-        outputs.check(self.server.federation.num_classes, self.asked, "probs")
+    def total(self) -> OutputMeans:
+        """Sum probabilities; refuse outputs for other samples, of another size, or that are no distributions."""
+        return OutputMeans(self.asked, self.server.federation.num_classes, "probs")
 
     def fuse(self, uploads: Iterable[Upload]) -> None:
         """Average the clients' probabilities and sharpen the mean."""
-        outputs = (u.knowledge.get(ProxyOutputs) for u in uploads)
-        members = [StoredMember(o.ids, o.values, "probs") for o in outputs]
-        sharpen = Era(self.temperature) if self.aggregation == "era" else None
-        targets = Ensemble(members, space="probs", reduce="mean", transform=sharpen).targets(ids=self.asked)
-        self.labels = ProxyOutputs(targets.ids, targets.values, "probs")
+        mean = sum_up(uploads, self.total()).result()
+        labels = Era(self.temperature)(mean) if self.aggregation == "era" else mean
+        self.labels = ProxyOutputs(self.asked, labels.float(), "probs")
 
     def distill(self) -> None:
         """Train the server model on the sharpened labels."""
@@ -154,6 +150,7 @@ class DSFL(DistillationStrategy):
             kind="soft_ce",
             device=self.server.device,
             channels_last=self.server.channels_last,
+            precision=self.server.scenario.system.server_precision,
         )
         for arch, state in self.students.items():
             model = self.server.model(arch, state)

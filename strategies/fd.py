@@ -15,8 +15,8 @@ from torch import Tensor
 from fedkd.client.local import Aux, LocalTraining
 from fedkd.losses.response import kd
 from fedkd.payloads import ClassOutputs, Knowledge
-from fedkd.server.runtime import Upload
 from fedkd.server.strategy import DistillationStrategy, Predict
+from fedkd.server.uploads import Upload
 
 if TYPE_CHECKING:
     from fedkd.client.student import Student

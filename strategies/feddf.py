@@ -4,16 +4,14 @@ NeurIPS 2020 (2006.07242), Algorithms 1 and 3.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
-
-import torch
 
 from fedkd.seeds import Purpose
 from fedkd.server.distiller import Distiller
 from fedkd.server.ensemble import Ensemble
-from fedkd.server.runtime import Upload
+from fedkd.server.uploads import Upload
 from strategies.fedavg import FedAvg
 
 
@@ -68,7 +66,7 @@ class FedDF(FedAvg):
         """Average within each architecture, and start the students from there."""
         previous = self.students
         if self.drop_worst:
-            uploads = list(self.above_chance(uploads))
+            uploads = self.above_chance(list(uploads))
             if not uploads:  # nobody is better than chance: the round teaches nothing
                 return
         super().fuse(uploads)
@@ -97,6 +95,7 @@ class FedDF(FedAvg):
             returns="best" if server.has_labels else "last",
             device=server.device,
             channels_last=server.channels_last,
+            precision=server.scenario.system.server_precision,
         )
         for arch, state in self.students.items():
             student = server.model(arch, state)
@@ -114,13 +113,13 @@ class FedDF(FedAvg):
         """Return the mean of all members' logits (or probabilities)."""
         return Ensemble(self.teachers(), space=self.space, reduce="mean", temperature=self.temperature)
 
-    def above_chance(self, uploads: Iterable[Upload]) -> Iterator[Upload]:
-        """Pass on the uploads whose accuracy on the server labels is at least 1.2 / C; forget the others."""
-        for upload in uploads:
-            with torch.no_grad():
-                accuracy = self.server.label_accuracy(self.server.model(upload.arch, upload.state))
+    def above_chance(self, uploads: list[Upload]) -> list[Upload]:
+        """Return the uploads whose accuracy on the server labels is at least 1.2 / C; forget the others."""
+        kept = []
+        for upload, accuracy in zip(uploads, self.server.label_accuracies(uploads), strict=True):
             if accuracy >= 1.2 / self.server.federation.num_classes:
-                yield upload
+                kept.append(upload)
             else:
                 self.members.remove(upload)
                 self.server.emit("dropped", round=self.round, partition_id=upload.partition_id, accuracy=accuracy)
+        return kept

@@ -14,7 +14,7 @@ from fedkd.client.local import Aux, LocalTraining
 from fedkd.losses.response import kd
 from fedkd.payloads import Knowledge, State, Weights
 from fedkd.server.averaging import mean_state
-from fedkd.server.runtime import Upload
+from fedkd.server.uploads import Upload
 from strategies.fedavg import FedAvg
 
 if TYPE_CHECKING:

@@ -66,7 +66,7 @@ def federate():
         federation = build_federation(scenario)
         events = []
         nodes = Nodes.alike(federation.num_clients)
-        with InlineGrid(lambda: make_app(scenario, mods), nodes) as grid:
+        with InlineGrid(lambda: make_app(scenario, mods), nodes, cohort=scenario.system.cohort) as grid:
             strategy = plugins.make_strategy(scenario)
             strategy.bind(ServerRuntime(scenario, grid, events.append))
             strategy.start(grid, num_rounds=rounds)

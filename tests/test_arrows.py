@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-FLOOR = {"errors", "seeds", "files", "threads", "wording"}
+FLOOR = {"errors", "seeds", "files", "threads", "wording", "arrays", "cohorts", "meeting"}
 BASE = FLOOR | {"scenario", "options", "payloads", "plugins", "models", "losses", "data"}
 HALVES = BASE | {"students", "flower", "client", "server"}
 WIRED = HALVES | {
@@ -17,9 +17,11 @@ WIRED = HALVES | {
     "sweep",
     "engine",
     "checkpoint",
+    "checkpoints",
     "checks",
     "environment",
     "privacy",
+    "preflight",
     "run",
     "run_folder",
 }
@@ -32,6 +34,9 @@ ARROWS: dict[str, set[str]] = {
     "files": set(),
     "threads": set(),
     "wording": set(),
+    "arrays": set(),
+    "cohorts": set(),
+    "meeting": set(),
     "payloads": FLOOR,
     "scenario": FLOOR,
     "parsing": FLOOR | {"scenario"},
@@ -45,13 +50,15 @@ ARROWS: dict[str, set[str]] = {
     "sweep": FLOOR | {"scenario", "parsing", "scenario_file"},
     "flower": FLOOR | {"scenario", "scenario_file", "sweep"},
     "client": HALVES - {"server"},
-    "server": HALVES,  # a strategy names the client half it goes with
+    "server": HALVES | {"engine"},  # a strategy names the client half it goes with
     "privacy": HALVES,
-    "engine": {"errors", "seeds", "threads"},  # Flower and Ray, nothing of distillation
+    "engine": {"errors", "seeds", "threads", "arrays", "cohorts", "meeting"},  # Flower and Ray, nothing of distillation
     "checkpoint": FLOOR | {"payloads"},
     "environment": BASE | {"students"},
-    "checks": HALVES,
+    "checks": HALVES | {"engine"},
+    "checkpoints": WIRED,
     "run_folder": WIRED,
+    "preflight": WIRED - {"run"},
     "run": WIRED,
     "report": {"errors", "files"},
     "screen": WIRED | {"report"},

@@ -79,6 +79,11 @@ def fedkd(*args):
         (["data.options.train=100000000000000"], ["synthetic", "memory"]),
         (["data.options.shape=3"], ["data.options.shape", "[H, W]", "is 3"]),
         (["name=a/b"], ["name", "'a/b'"]),
+        (["partition.name=resampled", "partition.clients=20000", "strategy=fd"], ["partition.clients", "10,000"]),
+        (
+            ["partition.clients=20000", "partition.test=0.2", "run.evaluate_clients=all"],
+            ["run.evaluate_clients", 'use "selected"'],
+        ),
     ],
 )
 @pytest.mark.parametrize("command", ["run", "validate"])

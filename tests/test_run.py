@@ -22,6 +22,12 @@ STRATEGIES = [
 ]
 IDS = [s["name"] for s in STRATEGIES]
 
+# "local" keeps Flower from joining a Ray that another process has left behind.
+LOCAL_RAY = {
+    "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+    "init_args": {"address": "local", "num_cpus": 2, "include_dashboard": False},
+}
+
 
 def metrics(folder):
     """Return the round events without what depends on the clock."""
@@ -110,7 +116,7 @@ def test_flowers_own_runtime_gives_the_same_metrics(small, tmp_path, strategy, r
         server_app=server_app(scenario, events.append),
         client_app=client_app(scenario),
         num_supernodes=scenario.partition.clients,
-        backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
+        backend_config=LOCAL_RAY,
     )
 
     theirs = [{k: v for k, v in e.items() if k != "seconds"} for e in events if e["event"] == "round"]

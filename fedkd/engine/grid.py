@@ -1,114 +1,32 @@
-"""Flower grids over simulated clients: in this process (`InlineGrid`) or on Ray (`RayGrid`)."""
+"""What Flower grids over simulated clients have in common; `InlineGrid` and `RayGrid` say where clients run."""
 
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
-import numpy as np
-from flwr.app import Error, Message, Metadata, RecordDict
+from flwr.app import Message, Metadata, RecordDict
 from flwr.app.message import make_message
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedkd.engine.cohorts import compose, longest_first
-from fedkd.engine.worker import KEPT, NEW, AppFactory, CohortRunner, Record
-from fedkd.threads import cores
+from fedkd.cohorts import compose
+from fedkd.engine.measure import Measured
+from fedkd.engine.nodes import Nodes
+from fedkd.engine.placement import Node
+from fedkd.engine.worker import KEPT, AppFactory, Fold
 
-if TYPE_CHECKING:
-    from fedkd.engine.pool import Pool
+STORED = "_fedkd_stored"
+"""Attribute of a delivered reply: where the whole one is."""
 
 SERVER = 1
 """Node id of the server, as Flower's SuperLink has it."""
-
-FIRST_NODE = 1_000_001
-"""Node id of partition 0: far from any partition id, so that nobody mistakes one for the other unnoticed."""
-
-
-@dataclass(frozen=True, eq=False)
-class Nodes:
-    """The federation as arrays, so that a million clients cost no queries.
-
-    Parameters
-    ----------
-    partition_ids : numpy.ndarray
-        Partition id of each client, int64 [n], distinct.
-    archs : tuple of str
-        Architecture of each client [n]; cohorts never mix two.
-    num_examples : numpy.ndarray
-        Training samples of each client, int64 [n]; only the order of dispatch depends on them.
-
-    Examples
-    --------
-    >>> nodes = Nodes(np.array([4, 2]), ("cnn", "mlp"), np.array([10, 20]))
-    >>> nodes.partition(nodes.node_id(2)), nodes.index(2), len(nodes)
-    (2, 1, 2)
-    """
-
-    partition_ids: np.ndarray
-    archs: tuple[str, ...]
-    num_examples: np.ndarray
-
-    def __post_init__(self) -> None:
-        if not len(self.partition_ids) == len(self.archs) == len(self.num_examples):
-            raise ValueError("partition_ids, archs and num_examples have different lengths")
-        if len(self._sorted) and (self._sorted[:-1] == self._sorted[1:]).any():
-            raise ValueError("partition ids are not distinct")
-
-    @classmethod
-    def alike(cls, count: int) -> Nodes:
-        """Return `count` clients of one architecture and the same size, for any Flower app.
-
-        Examples
-        --------
-        >>> Nodes.alike(3).partition_ids
-        array([0, 1, 2])
-        """
-        return cls(np.arange(count), ("",) * count, np.ones(count, np.int64))
-
-    def __len__(self) -> int:
-        return len(self.partition_ids)
-
-    @cached_property
-    def _order(self) -> np.ndarray:
-        return np.argsort(self.partition_ids, kind="stable")
-
-    @cached_property
-    def _sorted(self) -> np.ndarray:
-        return self.partition_ids[self._order]
-
-    def index(self, partition: int) -> int:
-        """Return the position of a client in the arrays; ValueError if there is no such client."""
-        place = int(np.searchsorted(self._sorted, partition))
-        if place == len(self) or self._sorted[place] != partition:
-            raise ValueError(f"no client of this federation has partition id {partition}")
-        return int(self._order[place])
-
-    def node_id(self, partition: int) -> int:
-        """Return the Flower node id of a client; the same in every run."""
-        return FIRST_NODE + int(partition)
-
-    def partition(self, node_id: int) -> int:
-        """Return the partition id of a Flower node; ValueError if there is no such node."""
-        partition = int(node_id) - FIRST_NODE
-        try:
-            self.index(partition)
-        except ValueError:
-            raise ValueError(f"no client of this federation has node id {node_id}") from None
-        return partition
-
-    def node_ids(self) -> list[int]:
-        """Return the Flower node ids of all clients, in the order of the arrays."""
-        return (self.partition_ids + FIRST_NODE).tolist()
 
 
 class Item(NamedTuple):
@@ -124,9 +42,18 @@ class Outcome(NamedTuple):
     reply: Message
     change: int  # KEPT, EMPTY or NEW; with KEPT the client has the state it had before
     state: Any = None
+    stored: Any = None  # where the whole reply is, for `compute` and `whole`
 
 
-Fetch = Callable[[int], list[Outcome]]
+class Folded(NamedTuple):
+    """What a cohort came to: a reply for each of its clients, and what the fold made of the full ones."""
+
+    replies: list[Message]
+    part: Any
+
+
+Fetch = Callable[[int], tuple[list[Outcome], Any]]
+"""Waits for a cohort; returns what came of its messages, and the part that the fold made."""
 
 
 class SimulationGrid(Grid):
@@ -142,13 +69,18 @@ class SimulationGrid(Grid):
         The federation.
     run_config : dict, optional
         Configuration of the run, as client apps find it in ``context.run_config``.
+    cohort : int
+        Most clients in a cohort; 0 (default) = a sixteenth of those that are asked at once.
     """
 
-    def __init__(self, nodes: Nodes, run_config: dict[str, Any] | None = None) -> None:
+    def __init__(self, nodes: Nodes, run_config: dict[str, Any] | None = None, *, cohort: int = 0) -> None:
         self.nodes = nodes
         self.run_config = dict(run_config or {})
+        self.cohort = cohort
+        self.on_lost: Callable[[int], RecordDict | None] = lambda partition: None
         self._numbers = itertools.count(1)
         self._states: dict[int, Any] = {}  # partition id -> handle of a state that is not empty
+        self._changed: set[int] = set()  # partition ids whose state is not the one that was last taken
         self._pushed: dict[str, Message] = {}
         self.set_run(Run.create_empty(1))
 
@@ -218,11 +150,124 @@ class SimulationGrid(Grid):
             self._register(message)
         yield from self._deliver(messages, deadline)
 
+    def send_and_fold(self, messages: Iterable[Message], fold: Fold, *, keep: bool = False) -> Iterator[Folded]:
+        """Send messages and fold the replies where the clients ran, so that the replies themselves do not travel.
+
+        Parameters
+        ----------
+        messages : iterable of Message
+            At most one for each client, in any order.
+        fold : callable
+            ``fold([(partition id, reply), …]) -> (slim replies, part)`` for the replies of one cohort, in partition
+            order. Slim replies are what the server still needs of each: counts, metrics, or an error with the reason
+            why a reply was left out. Runs in a worker: pickled once per call.
+        keep : bool
+            Whether the whole replies stay where they are, for `compute` and `whole`. Default: they are dropped.
+
+        Yields
+        ------
+        Folded
+            One for each cohort, in the order of `fedkd.cohorts.compose`, as soon as it can be had. Cohorts depend on
+            the messages alone, so a merge of the parts in this order has the same bits on every engine.
+
+        Raises
+        ------
+        ValueError
+            Two messages to one client, a message without content, or for a node that is not in the federation.
+        """
+        items = []
+        for message in messages:
+            self._register(message)
+            items.append(Item(self.nodes.partition(message.metadata.dst_node_id), message))
+        items.sort(key=lambda item: item.partition)
+        if any(one.partition == other.partition for one, other in itertools.pairwise(items)):
+            raise ValueError("two messages to one client cannot be folded")
+        cohorts = self._cohorts(items)
+        with self._running(items, cohorts, None, fold, keep) as fetch:
+            for number, cohort in enumerate(cohorts):
+                outcomes, part = fetch(number)
+                replies = []
+                for position, outcome in zip(cohort, outcomes):
+                    self._commit(items[position].partition, outcome)
+                    replies.append(self._addressed(outcome.reply, items[position].message, outcome.stored))
+                yield Folded(replies, part)
+
+    @abstractmethod
+    def whole(self, reply: Message) -> Message:
+        """Return the whole reply for a slim one of `send_and_fold` with ``keep = True``."""
+
+    @abstractmethod
+    def compute(self, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """Call ``function(*job)`` for every job where clients are computed, with one torch thread each.
+
+        Parameters
+        ----------
+        function : callable
+            Can be pickled. Calls must not depend on each other.
+        jobs : iterable of tuple
+            Arguments. A reply that this grid delivered may be among them: it is read where it is stored. Objects
+            that several jobs name travel once.
+
+        Yields
+        ------
+        Any
+            Results in the order of the jobs, a bounded number of them computed ahead.
+
+        Raises
+        ------
+        RunError
+            The function raised.
+        """
+
+    @abstractmethod
+    def measure(self, cohorts: Sequence[Sequence[Message]]) -> list[Measured]:
+        """Run cohorts in one worker, one after another, for the sake of measuring.
+
+        Every client starts with the empty state. Replies and new states are thrown away.
+
+        Parameters
+        ----------
+        cohorts : sequence of sequence of Message
+            Messages of each cohort, in partition order. The first cohort is there to warm up, also the other workers.
+
+        Returns
+        -------
+        list of Measured
+            One for each cohort.
+
+        Raises
+        ------
+        RunError
+            The worker died whenever it tried.
+        """
+
+    @property
+    @abstractmethod
+    def workers(self) -> int:
+        """Worker processes; 0 = everything is computed in this process."""
+
+    @abstractmethod
+    def machines(self, gpus: bool) -> list[Node]:
+        """Return what there is to compute on, with GPUs or without."""
+
+    @abstractmethod
+    def load_app(self, app_factory: AppFactory) -> None:
+        """Answer messages with another app from now on; states stay as they are."""
+
     # ---- states of clients
 
     def state_dict(self) -> dict[int, RecordDict]:
         """Return ``Context.state`` by partition id, for clients whose state is not empty."""
         return {partition: self._states[partition] for partition in sorted(self._states)}
+
+    def take_changed(self) -> dict[int, RecordDict | None]:
+        """Return the states that have changed since the last call (None: emptied), for an incremental checkpoint."""
+        changed, self._changed = sorted(self._changed), set()
+        return dict(zip(changed, self._fetch([self._states.get(partition) for partition in changed])))
+
+    def _fetch(self, handles: list[Any]) -> list[RecordDict | None]:
+        """Return the states behind handles."""
+        return handles
 
     def load_state_dict(self, states: dict[int, RecordDict]) -> None:
         """Replace the states of all clients; those that are not named start empty.
@@ -235,6 +280,7 @@ class SimulationGrid(Grid):
         for partition in states:
             self.nodes.index(partition)
         self._states = {partition: state for partition, state in states.items() if state}
+        self._changed = set()
 
     def close(self) -> None:
         """Give back what the grid holds; read `state_dict` before."""
@@ -250,9 +296,26 @@ class SimulationGrid(Grid):
 
     @abstractmethod
     def _running(
-        self, items: list[Item], cohorts: list[list[int]], deadline: float | None
+        self, items: list[Item], cohorts: list[list[int]], deadline: float | None, fold: Fold | None, keep: bool
     ) -> AbstractContextManager[Fetch]:
         """Run cohorts (positions into `items`) while the context is open; its value waits for one of them."""
+
+    def _cohorts(self, items: list[Item]) -> list[list[int]]:
+        archs = [self.nodes.archs[self.nodes.index(item.partition)] for item in items]
+        return compose([item.partition for item in items], archs, self.cohort)
+
+    def _commit(self, partition: int, outcome: Outcome) -> None:
+        if outcome.change != KEPT:
+            self._changed.add(partition)
+            self._states.pop(partition, None)
+            if outcome.state is not None:
+                self._states[partition] = outcome.state
+
+    def _registered(self, messages: Iterable[Message]) -> list[int]:
+        """Register messages and return the partition ids that they go to."""
+        for message in messages:
+            self._register(message)
+        return [self.nodes.partition(message.metadata.dst_node_id) for message in messages]
 
     def _register(self, message: Message) -> str:
         if not message.has_content():
@@ -275,23 +338,19 @@ class SimulationGrid(Grid):
             yield from self._send(sorted(wave, key=lambda item: item.partition), deadline)
 
     def _send(self, items: list[Item], deadline: float | None) -> Iterator[Message]:
-        archs = [self.nodes.archs[self.nodes.index(item.partition)] for item in items]
-        cohorts = compose([item.partition for item in items], archs)
+        cohorts = self._cohorts(items)
         home = {position: number for number, cohort in enumerate(cohorts) for position in cohort}
         ready: dict[int, Outcome] = {}
-        with self._running(items, cohorts, deadline) as fetch:
+        with self._running(items, cohorts, deadline, None, False) as fetch:
             for position, (partition, message) in enumerate(items):
                 if position not in ready:
                     number = home[position]
-                    ready.update(zip(cohorts[number], fetch(number)))
+                    ready.update(zip(cohorts[number], fetch(number)[0]))
                 outcome = ready.pop(position)
-                if outcome.change != KEPT:
-                    self._states.pop(partition, None)
-                    if outcome.state is not None:
-                        self._states[partition] = outcome.state
-                yield self._addressed(outcome.reply, message)
+                self._commit(partition, outcome)
+                yield self._addressed(outcome.reply, message, outcome.stored)
 
-    def _addressed(self, reply: Message, message: Message) -> Message:
+    def _addressed(self, reply: Message, message: Message, stored: Any = None) -> Message:
         sent, got = message.metadata, reply.metadata
         metadata = Metadata(
             run_id=sent.run_id,
@@ -308,159 +367,7 @@ class SimulationGrid(Grid):
         )
         if reply.has_error():
             return make_message(metadata, error=reply.error)
-        return make_message(metadata, reply.content)
-
-
-class InlineGrid(SimulationGrid):
-    """Runs clients in this process, for tests, debugging and tiny federations.
-
-    Parameters
-    ----------
-    app_factory : callable
-        Makes the ClientApp; called once.
-    nodes : Nodes
-        The federation.
-    run_config : dict, optional
-        Configuration of the run.
-
-    Examples
-    --------
-    >>> from flwr.clientapp import ClientApp
-    >>> app = ClientApp()
-    >>> @app.train()
-    ... def train(message, context):
-    ...     return Message(message.content, reply_to=message)
-    >>> grid = InlineGrid(lambda: app, Nodes.alike(2))
-    >>> asked = [Message(RecordDict(), node, "train") for node in grid.get_node_ids()]
-    >>> [grid.nodes.partition(reply.metadata.src_node_id) for reply in grid.send_and_receive(asked)]
-    [0, 1]
-    """
-
-    def __init__(self, app_factory: AppFactory, nodes: Nodes, run_config: dict[str, Any] | None = None) -> None:
-        super().__init__(nodes, run_config)
-        self._runner = CohortRunner(app_factory(), len(nodes), self.run_config)
-
-    @contextmanager
-    def _running(self, items: list[Item], cohorts: list[list[int]], deadline: float | None) -> Iterator[Fetch]:
-        def fetch(number: int) -> list[Outcome]:
-            chosen = [items[position] for position in cohorts[number]]
-            answers = self._runner.run(
-                [item.message for item in chosen],
-                [item.partition for item in chosen],
-                [self._states.get(item.partition) for item in chosen],
-                deadline,
-            )
-            return [Outcome(a.reply, KEPT if a.state is None else NEW, a.state or None) for a in answers]
-
-        yield fetch
-
-
-class RayGrid(SimulationGrid):
-    """Runs clients on Ray workers that keep the app, and whatever the app keeps, from round to round.
-
-    Joins Ray where it is initialised, else starts it, and stops it again in `close`. A worker that dies is
-    replaced and its cohorts are run again, with the same result.
-
-    Parameters
-    ----------
-    app_factory : callable
-        Makes the ClientApp in each worker; pickled by Ray.
-    nodes : Nodes
-        The federation.
-    run_config : dict, optional
-        Configuration of the run.
-    workers : int
-        Worker processes, one CPU each; 0 (default) = one for each core of this machine.
-    gpus_per_worker : float
-        Share of a GPU for each worker, default 0.
-    address : str
-        Ray cluster to join; empty (default) = start Ray on this machine.
-
-    Raises
-    ------
-    fedkd.errors.RunError
-        Ray cannot hold so many workers, or the app cannot be loaded (when the first message is sent).
-    """
-
-    def __init__(
-        self,
-        app_factory: AppFactory,
-        nodes: Nodes,
-        run_config: dict[str, Any] | None = None,
-        *,
-        workers: int = 0,
-        gpus_per_worker: float = 0.0,
-        address: str = "",
-    ) -> None:
-        from fedkd.engine.pool import Pool  # Ray costs half a second; who runs inline does not pay for it
-
-        super().__init__(nodes, run_config)
-        self._pool: Pool = Pool(
-            (app_factory, len(nodes), self.run_config),
-            workers=workers or cores(),
-            gpus_per_worker=gpus_per_worker,
-            address=address,
-        )
-
-    def state_dict(self) -> dict[int, RecordDict]:
-        """Fetch ``Context.state`` by partition id, for clients whose state is not empty."""
-        partitions = sorted(self._states)
-        return dict(zip(partitions, self._pool.get([self._states[p] for p in partitions])))
-
-    def load_state_dict(self, states: dict[int, RecordDict]) -> None:
-        """Replace the states of all clients, as in `SimulationGrid`."""
-        super().load_state_dict(states)
-        self._states = {partition: self._pool.put(state) for partition, state in self._states.items()}
-
-    def close(self) -> None:
-        """Stop the workers, and Ray where this grid started it; read `state_dict` before."""
-        super().close()
-        self._pool.close()
-
-    @contextmanager
-    def _running(self, items: list[Item], cohorts: list[list[int]], deadline: float | None) -> Iterator[Fetch]:
-        share = self._shared(items)
-        jobs = []
-        for cohort in cohorts:
-            chosen = [items[position] for position in cohort]
-            shared: dict[int, Any] = {}  # id of a record -> its reference, in the order of first use
-
-            def part(record: Record, shared: dict[int, Any] = shared) -> int | Record:
-                if id(record) not in share:
-                    return record
-                shared[id(record)] = share[id(record)]
-                return list(shared).index(id(record))
-
-            contents = [[(name, part(r)) for name, r in item.message.content.items()] for item in chosen]
-            jobs.append(
-                (
-                    len(chosen),
-                    [item.message.metadata for item in chosen],
-                    contents,
-                    [item.partition for item in chosen],
-                    deadline,
-                    len(shared),
-                    *shared.values(),
-                    *(self._states.get(item.partition) for item in chosen),
-                )
-            )
-        samples = [int(self.nodes.num_examples[self.nodes.index(item.partition)]) for item in items]
-
-        with self._pool.dispatch(
-            jobs, longest_first(cohorts, samples), math.inf if deadline is None else deadline
-        ) as result:
-
-            def fetch(number: int) -> list[Outcome]:
-                done = result(number)
-                if isinstance(done, Error):
-                    failed = [items[position].message for position in cohorts[number]]
-                    return [Outcome(Message(done, reply_to=message), KEPT) for message in failed]
-                return [Outcome(reply, change, state if change == NEW else None) for reply, change, state in zip(*done)]
-
-            yield fetch
-
-    def _shared(self, items: list[Item]) -> dict[int, Any]:
-        """Put the records that several messages hold into the object store; they go when the call is over."""
-        records = {id(r): r for item in items for r in item.message.content.values()}
-        uses = Counter(id(r) for item in items for r in item.message.content.values())
-        return {key: self._pool.put(record) for key, record in records.items() if uses[key] > 1}
+        addressed = make_message(metadata, reply.content)
+        if stored is not None:
+            addressed.__dict__[STORED] = stored
+        return addressed

@@ -15,6 +15,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import ray
@@ -22,6 +23,7 @@ from flwr.app import Error
 from flwr.common.constant import ErrorCode
 from ray.exceptions import (
     NodeDiedError,
+    ObjectLostError,
     OutOfMemoryError,
     RayActorError,
     RayError,
@@ -29,6 +31,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from fedkd.engine.machines import machines
 from fedkd.engine.worker import TOO_LATE, Worker, describe
 from fedkd.errors import RunError
 from fedkd.threads import cores
@@ -45,9 +48,6 @@ PATIENCE = 60.0
 """Seconds without all workers after which the user is told that the grid waits for Ray."""
 
 DEATHS = (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError)
-
-Job = tuple[Any, ...]
-"""Number of clients, then the arguments of `Worker.run`."""
 
 
 def worker_env() -> dict[str, str]:
@@ -69,12 +69,37 @@ def worker_env() -> dict[str, str]:
     }
 
 
-class Done(NamedTuple):
-    """A finished cohort; its replies and states are still in the object store."""
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A call of one of the methods of `Worker`.
 
-    receipt: list[int]
-    replies: Any
-    states: list[Any]
+    Parameters
+    ----------
+    method : str
+        The method.
+    arguments : tuple
+        Its arguments.
+    returns : int
+        How many objects it returns.
+    value : int
+        Which of them the caller reads when the call has ended; the others stay references.
+    repair : callable, optional
+        Called when arguments were lost with the node that held them; returns arguments to try again with.
+    """
+
+    method: str
+    arguments: tuple[Any, ...]
+    returns: int = 1
+    value: int = 0
+    repair: Callable[[], tuple[Any, ...]] | None = None
+
+
+class Done(NamedTuple):
+    """A job that has ended."""
+
+    first: Any  # the first object that it returned
+    value: Any  # the one that the caller reads
+    refs: list[Any]  # references to all of them
 
 
 class Pool:
@@ -85,9 +110,11 @@ class Pool:
     parts : tuple
         Arguments of `Worker`; put into the object store once.
     workers : int
-        Number of workers, one CPU each.
+        Number of workers, one CPU each; 0 = one for each CPU of the cluster.
     gpus_per_worker : float
         GPU share of each.
+    worker_bytes : int
+        Memory that Ray sets aside for each; 0 = none.
     address : str
         Cluster to join if Ray is not initialised; empty = start Ray here.
 
@@ -97,24 +124,31 @@ class Pool:
         Ray has too few CPUs or GPUs for the workers.
     """
 
-    def __init__(self, parts: tuple[Any, ...], *, workers: int, gpus_per_worker: float, address: str) -> None:
+    def __init__(
+        self, parts: tuple[Any, ...], *, workers: int, gpus_per_worker: float, worker_bytes: int = 0, address: str
+    ) -> None:
         self._started_ray = not ray.is_initialized()
         if self._started_ray:
             start_ray(address, workers)
         try:
+            workers = workers or sum(int(node.cpus) for node in machines(gpus=False))
             _check_room(workers, gpus_per_worker)
             self._make = ray.remote(Worker).options(
-                num_cpus=1, num_gpus=gpus_per_worker, runtime_env={"env_vars": worker_env()}
+                num_cpus=1,
+                num_gpus=gpus_per_worker,
+                memory=worker_bytes or None,
+                runtime_env={"env_vars": worker_env()},
             )
+            self._has_gpus = gpus_per_worker > 0
             self._parts = [ray.put(part) for part in parts]
             self.actors: list[Any] = [self._make.remote(*self._parts) for _ in range(workers)]
-            self._loading: list[Any] = [actor.load.remote() for actor in self.actors]
+            self.loading: dict[int, Any] = {place: a.load.remote() for place, a in enumerate(self.actors)}
         except BaseException:
             if self._started_ray:
                 ray.shutdown()
             raise
         self._dispatchers: set[Dispatcher] = set()
-        self._closed = False
+        self._started = self._closed = False
 
     def get(self, refs: list[Any]) -> list[Any]:
         """Fetch objects."""
@@ -124,46 +158,69 @@ class Pool:
         """Put one object into the store and return its reference."""
         return ray.put(value)
 
+    def is_lost(self, ref: Any) -> bool:
+        """Whether an object is gone with the node that held it."""
+        try:
+            ray.get(ref)
+        except RayError:
+            return True
+        return False
+
     def replace(self, place: int, actor: Any) -> None:
         """End a worker and start a fresh one in its place, unless somebody already did."""
         if self.actors[place] is actor:
             ray.kill(actor, no_restart=True)
             self.actors[place] = self._make.remote(*self._parts)
+            self.loading[place] = self.actors[place].load.remote()
+
+    def load_app(self, app_factory: Any) -> None:
+        """Let all workers, and those that come in their place, answer with another app from their next job on."""
+        self._parts[0] = ray.put(app_factory)
+        self.tell("replace_app", self._parts[0])
+
+    def tell(self, method: str, *arguments: Any) -> None:
+        """Let every worker call one of its methods before its next job; nobody waits, or hears what came of it."""
+        for actor in self.actors:
+            getattr(actor, method).remote(*arguments)
 
     @contextmanager
     def dispatch(
-        self, jobs: Sequence[Job], order: Sequence[int], deadline: float
-    ) -> Iterator[Callable[[int], tuple[list[Any], list[int], list[Any]] | Error]]:
+        self, jobs: Sequence[Job], order: Sequence[int] = (), *, deadline: float = math.inf, ahead: int = 0
+    ) -> Iterator[Callable[[int], Done | Error]]:
         """Run jobs on the workers while the context is open.
 
         Parameters
         ----------
-        jobs : sequence of tuple
-            Number of clients, then the arguments of `Worker.run`.
+        jobs : sequence of Job
+            The jobs.
         order : sequence of int
-            The jobs in the order in which they are handed out.
+            The jobs in the order in which they are handed out; default: as they are.
         deadline : float
             Unix time after which jobs that have not finished fail; may be infinite.
+        ahead : int
+            How many jobs may be begun beyond the number of those that were asked for; 0 = all.
 
         Yields
         ------
         callable
-            Waits for one job and returns its replies, receipt and references to states, or the error. To be
-            asked once for each job.
+            Waits for one job and returns what came of it. To be asked once for each job.
         """
         self._wait_until_loaded()
-        dispatcher = Dispatcher(self, jobs, order, deadline)
+        dispatcher = Dispatcher(self, jobs, order or range(len(jobs)), deadline, ahead or len(jobs))
         self._dispatchers.add(dispatcher)
         dispatcher.start()
 
-        def result(number: int) -> tuple[list[Any], list[int], list[Any]] | Error:
+        def result(number: int) -> Done | Error:
             while True:
                 done = dispatcher.wait(number)
                 if isinstance(done, Error):
                     return done
+                first, refs = done
                 try:
-                    return ray.get(done.replies), done.receipt, done.states
-                except RayError as error:  # the node that held them is gone
+                    return Done(first, ray.get(refs[jobs[number].value]) if jobs[number].value else first, refs)
+                except RayTaskError as error:
+                    return Error(ErrorCode.UNKNOWN, _cause(error))
+                except RayError as error:  # the node that held it is gone
                     dispatcher.lost(number, error)
 
         try:
@@ -171,6 +228,8 @@ class Pool:
         finally:
             dispatcher.stop()
             self._dispatchers.discard(dispatcher)
+            if self._has_gpus and not (self._dispatchers or self._closed):  # nothing more is queued for anybody
+                self.tell("idle")
 
     def close(self) -> None:
         """Stop the workers, and Ray where this pool started it. May be called twice."""
@@ -186,66 +245,73 @@ class Pool:
                 ray.shutdown()
 
     def _wait_until_loaded(self) -> None:
+        """Wait for the first worker, so that an app that cannot be loaded is one clear error; others may follow."""
         if self._closed:
             raise RunError("the grid is closed")
-        if not self._loading:
-            return
         # Waiting here and not in the constructor: workers import and load while the server prepares itself.
+        if self._started:
+            return
         try:
-            if ray.wait(self._loading, num_returns=len(self._loading), timeout=PATIENCE)[1]:
+            if not ray.wait(list(self.loading.values()), timeout=PATIENCE)[0]:
                 free = ray.available_resources().get("CPU", 0.0)
-                log.warning("Ray has not started all workers yet: %g CPUs are free; still waiting", free)
-            ray.get(self._loading)
+                log.warning("Ray has not started a worker yet: %g CPUs are free; still waiting", free)
+            ray.get(ray.wait(list(self.loading.values()))[0])
         except RayError as error:
             raise RunError(f"a worker could not load the client app: {_cause(error)}") from error
-        self._loading = []
+        self._started = True
 
 
 class Dispatcher(threading.Thread):
     """Feeds the workers during one call, so that they run ahead while the caller reads replies.
 
-    A thread of its own, woken by events alone: a cohort has ended, its replies were lost, stop. All decisions
-    are taken in this thread; the caller only waits.
+    A thread of its own, woken by events alone: a job has ended, a worker is ready, a value was lost, stop. All
+    decisions are taken in this thread; the caller only waits.
 
     Parameters
     ----------
     pool : Pool
         The workers.
-    jobs : sequence of tuple
-        Number of clients, then the arguments of `Worker.run`.
+    jobs : sequence of Job
+        The jobs.
     order : sequence of int
         The jobs in the order in which they are handed out.
     deadline : float
         Unix time; may be infinite.
+    ahead : int
+        How many jobs may be begun beyond the number of those that were asked for.
     """
 
-    def __init__(self, pool: Pool, jobs: Sequence[Job], order: Sequence[int], deadline: float) -> None:
+    def __init__(self, pool: Pool, jobs: Sequence[Job], order: Sequence[int], deadline: float, ahead: int) -> None:
         super().__init__(name="fedkd-dispatcher", daemon=True)
-        self._pool, self._jobs, self._deadline = pool, jobs, deadline
+        self._pool, self._jobs, self._deadline = pool, list(jobs), deadline
         self._pending = deque(order)
+        self._room = ahead  # jobs that may still be begun
         self._in_flight: dict[int, tuple[int, Any]] = {}  # job -> place and actor, oldest first
+        self._begun: set[int] = set()
         self._deaths = Counter()
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._results: dict[int, Done | Error] = {}
+        self._results: dict[int, tuple[Any, list[Any]] | Error] = {}
         self._crash: BaseException | None = None
         self._changed = threading.Condition()
 
     # ---- called by others
 
-    def wait(self, number: int) -> Done | Error:
-        """Wait for a job and hand over what came of it."""
+    def wait(self, number: int) -> tuple[Any, list[Any]] | Error:
+        """Wait for a job and hand over the first object that it returned and references to all, or the error."""
+        self._events.put(self._more)
         with self._changed:
             self._changed.wait_for(lambda: number in self._results or self._crash)
             if number in self._results:
                 return self._results.pop(number)
-        raise RunError(f"the engine failed: {describe(self._crash or RuntimeError())}") from self._crash
+        crash = self._crash or RuntimeError()
+        raise crash if isinstance(crash, RunError) else RunError(f"the engine failed: {describe(crash)}") from crash
 
     def lost(self, number: int, error: Exception) -> None:
-        """Report that the replies of a finished job cannot be read."""
-        self._events.put(lambda: self._again([number], error))
+        """Report that the value of a finished job cannot be read."""
+        self._events.put(lambda: self._again([number], error, "results of a cohort were lost with their node"))
 
     def stop(self) -> None:
-        """End the thread; cohorts that workers have begun are finished, and nobody hears of them."""
+        """End the thread; jobs that workers have begun are finished, and nobody hears of them."""
         self._events.put(None)
         if self.is_alive():
             self.join()
@@ -255,6 +321,8 @@ class Dispatcher(threading.Thread):
     def run(self) -> None:
         """Hand out jobs until told to stop."""
         try:
+            for place in list(self._pool.loading):
+                self._watch(place)
             while True:
                 self._fill()
                 try:
@@ -270,68 +338,101 @@ class Dispatcher(threading.Thread):
     def _remaining(self) -> float | None:
         return None if math.isinf(self._deadline) else max(0.0, self._deadline - time.time())
 
+    def _more(self) -> None:
+        self._room += 1
+
+    def _watch(self, place: int) -> None:
+        """Hear when a worker has loaded the app; it gets no jobs before: its node may have no room for it."""
+        actor, future = self._pool.actors[place], self._pool.loading[place].future()
+        future.add_done_callback(lambda done: self._events.put(lambda: self._loaded(place, actor, done)))
+
+    def _loaded(self, place: int, actor: Any, future: Any) -> None:
+        if self._pool.actors[place] is not actor:
+            return
+        try:
+            future.result()
+        except RayTaskError as error:
+            raise RunError(f"a worker could not load the client app: {_cause(error)}") from error
+        except RayError:
+            self._replace(place, actor)
+        else:
+            self._pool.loading.pop(place, None)
+
+    def _replace(self, place: int, actor: Any) -> None:
+        self._pool.replace(place, actor)
+        self._watch(place)
+
     def _fill(self) -> None:
         load = Counter(place for place, _ in self._in_flight.values())
-        while self._pending:
-            place = min(range(len(self._pool.actors)), key=load.__getitem__)
+        ready = [place for place in range(len(self._pool.actors)) if place not in self._pool.loading]
+        while self._pending and ready and (self._room > 0 or self._pending[0] in self._begun):
+            place = min(ready, key=load.__getitem__)
             if load[place] == IN_FLIGHT:
                 return
             load[place] += 1
             self._submit(self._pending.popleft(), place)
 
     def _submit(self, number: int, place: int) -> None:
-        clients, *arguments = self._jobs[number]
-        actor = self._pool.actors[place]
-        receipt, replies, *states = actor.run.options(num_returns=clients + 2).remote(*arguments)
+        job, actor = self._jobs[number], self._pool.actors[place]
+        if number not in self._begun:
+            self._begun.add(number)
+            self._room -= 1
+        returned = getattr(actor, job.method).options(num_returns=job.returns).remote(*job.arguments)
+        refs = [returned] if job.returns == 1 else returned
         self._in_flight[number] = (place, actor)
 
         def ended(future: Any) -> None:
-            self._events.put(lambda: self._ended(number, place, actor, future, replies, states))
+            self._events.put(lambda: self._ended(number, place, actor, future, refs))
 
-        receipt.future().add_done_callback(ended)
+        refs[0].future().add_done_callback(ended)
 
-    def _ended(self, number: int, place: int, actor: Any, future: Any, replies: Any, states: list[Any]) -> None:
+    def _ended(self, number: int, place: int, actor: Any, future: Any, refs: list[Any]) -> None:
         if self._in_flight.get(number) != (place, actor):
             return  # its worker was given up meanwhile, and the job is somewhere else
         try:
-            receipt = future.result()
-        except RayTaskError as error:  # our own code raised, or a reply cannot be pickled: again would not help
-            del self._in_flight[number]
-            self._finish(number, Error(ErrorCode.UNKNOWN, _cause(error)))
+            first = future.result()
+        except RayTaskError as error:
+            repair = self._jobs[number].repair
+            if repair is not None and isinstance(error.cause, ObjectLostError):
+                self._jobs[number] = replace(self._jobs[number], arguments=repair())
+                self._again([number], error, "arguments of a cohort were lost with their node")
+            else:  # our own code raised, or a reply cannot be pickled: again would not help
+                del self._in_flight[number]
+                self._finish(number, Error(ErrorCode.UNKNOWN, _cause(error)))
         except DEATHS as error:
             orphans = [job for job, (_, other) in self._in_flight.items() if other == actor]
-            self._pool.replace(place, actor)
+            self._replace(place, actor)
             self._again(orphans, error)
         except RayError as error:
             self._again([number], error)
         else:
             del self._in_flight[number]
-            self._finish(number, Done(receipt, replies, states))
+            self._finish(number, (first, refs))
 
-    def _again(self, numbers: list[int], error: Exception) -> None:
+    def _again(self, numbers: list[int], error: Exception, what: str = "a worker died") -> None:
         """Queue jobs again, in front; the first of them was being computed, so the blame is its alone."""
         self._deaths[numbers[0]] += 1
         times = self._deaths[numbers[0]]
         for number in reversed(numbers):
             self._in_flight.pop(number, None)
             if number == numbers[0] and times > RETRIES:
-                reason = f"{type(error).__name__}: the worker of this cohort died {times} times; {_cause(error)}"
+                reason = f"{type(error).__name__}: {what}, {times} times for this cohort; {_cause(error)}"
                 self._finish(number, Error(ErrorCode.CLIENT_APP_CRASHED, reason))
             else:
                 self._pending.appendleft(number)
-        log.warning("a worker died (%s); its clients are run again elsewhere", type(error).__name__)
+        log.warning("%s (%s); its clients are run again elsewhere", what, type(error).__name__)
 
     def _expire(self) -> None:
         """Give up what has not finished. Its workers are replaced: a client may never return."""
         for place, actor in dict.fromkeys(self._in_flight.values()):
-            self._pool.replace(place, actor)
+            self._replace(place, actor)
         for number in [*self._in_flight, *self._pending]:
             self._finish(number, TOO_LATE)
         self._in_flight.clear()
         self._pending.clear()
         self._deadline = math.inf
 
-    def _finish(self, number: int, result: Done | Error) -> None:
+    def _finish(self, number: int, result: tuple[Any, list[Any]] | Error) -> None:
         with self._changed:
             self._results[number] = result
             self._changed.notify_all()

@@ -5,6 +5,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +14,15 @@ from flwr.app.message import make_message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
+from fedkd.arrays import buffered
+from fedkd.engine.measure import Measured, measure
+from fedkd.meeting import meet
 from fedkd.threads import one_thread
 
 Record = ArrayRecord | MetricRecord | ConfigRecord
 AppFactory = Callable[[], ClientApp]
+Fold = Callable[[list[tuple[int, Message]]], tuple[list[Message], Any]]
+"""Replies of a cohort with their partition ids → slim replies in the same order, and the cohort's partial result."""
 
 
 class Answer(NamedTuple):
@@ -75,6 +81,9 @@ def describe(error: BaseException) -> str:
 class CohortRunner:
     """Answers messages with a ClientApp, one after another.
 
+    An app that has an attribute ``meets``, a function of the messages of a cohort, and returns True from it, gets
+    all of them before it has to answer the first, in a meeting (see `fedkd.meeting`).
+
     Parameters
     ----------
     app : ClientApp
@@ -113,14 +122,27 @@ class CohortRunner:
         list of Answer
             In the order of the messages. A client that raises gets an error reply and keeps its state.
         """
-        answers = []
-        for message, partition, state in zip(messages, partitions, states):
+
+        def answer(message: Message, partition: int, state: RecordDict | None) -> Answer:
             if deadline is not None and time.time() >= deadline:
-                answers.append(Answer(Message(TOO_LATE, reply_to=message), None))
-                continue
-            with one_thread():
-                answers.append(self._answer(message, partition, state))
-        return answers
+                return Answer(Message(TOO_LATE, reply_to=message), None)
+            return self._answer(message, partition, state)
+
+        calls = [partial(answer, *client) for client in zip(messages, partitions, states)]
+        meets = getattr(self.app, "meets", None)
+        with one_thread():
+            if meets is not None and len(calls) > 1 and meets(messages):
+                return meet(calls)
+            return [call() for call in calls]
+
+    def measure(self, messages: Sequence[Message], partitions: Sequence[int]) -> Measured:
+        """Answer the messages of a cohort, throw answers and states away, and return what that took."""
+
+        def work() -> tuple[str, ...]:
+            answers = self.run(messages, partitions, [None] * len(messages))
+            return tuple(str(answer.reply.error.reason) for answer in answers if answer.reply.has_error())
+
+        return measure(work)
 
     def _answer(self, message: Message, partition: int, state: RecordDict | None) -> Answer:
         context = Context(
@@ -148,6 +170,29 @@ KEPT, EMPTY, NEW = range(3)
 """What became of a client's state: as it was, emptied, or the object that the task returned."""
 
 
+class Cohort(NamedTuple):
+    """A cohort on its way to a worker. Numbers in `contents` refer to objects that travel by reference."""
+
+    metadata: list[Metadata]
+    contents: list[int | list[tuple[str, int | Record]]]  # a shared content, or records, some of them shared
+    partitions: list[int]
+
+
+class Order(NamedTuple):
+    """What a worker is to do with the cohorts of a task."""
+
+    keep: bool  # whether whole replies stay beside what the fold makes of them
+    deadline: float | None
+    shared: int  # how many of the task's objects are contents and records; the clients' states follow
+
+
+class Receipt(NamedTuple):
+    """What the driver learns of a cohort before it reads the replies."""
+
+    changes: list[int]  # KEPT, EMPTY or NEW for each client
+    seconds: float
+
+
 class Worker:
     """Body of a Ray actor: loads the app once, keeps it and whatever the app keeps, runs cohort after cohort.
 
@@ -172,47 +217,121 @@ class Worker:
             factory, num_partitions, run_config = self._parts
             self._runner = CohortRunner(factory(), num_partitions, run_config)
 
-    def run(
-        self,
-        metadata: list[Metadata],
-        contents: list[list[tuple[str, int | Record]]],
-        partitions: list[int],
-        deadline: float | None,
-        shared: int,
-        *objects: Any,
-    ) -> tuple[Any, ...]:
-        """Run one cohort.
+    def replace_app(self, app_factory: AppFactory) -> None:
+        """Make the next app by another factory."""
+        self._parts = app_factory, *self._parts[1:]
+        self._runner = None
+
+    def run(self, cohorts: list[Cohort], order: Order, fold: Fold | None, *objects: Any) -> tuple[Any, ...]:
+        """Run cohorts, one after the other.
 
         Parameters
         ----------
-        metadata : list of Metadata
-            Of each message.
-        contents : list of list of (str, int or record)
-            Records of each message by name; an int stands for that one among the shared records.
-        partitions : list of int
-            Partition id of each client.
-        deadline : float, optional
-            Unix time after which no further client is started.
-        shared : int
-            How many of `objects` are shared records; the states of the clients follow.
+        cohorts : list of Cohort
+            Messages and partition ids.
+        order : Order
+            What to do with them.
+        fold : callable, optional
+            Makes slim replies and a partial result of a cohort's replies (see `SimulationGrid.send_and_fold`).
         objects
-            Shared records, then one RecordDict or None for each client. Ray resolves references here, because
-            they are arguments of their own.
+            Shared contents and records, then one RecordDict or None for each client. Ray resolves references here,
+            because they are arguments of their own.
 
         Returns
         -------
         tuple
-            Receipt (one of KEPT, EMPTY, NEW for each client), list of replies, then a state for each client.
+            Receipts; (replies, partial result) of each cohort; the whole replies of each cohort, if there is a fold
+            and they are to be kept; then a state for each client.
         """
         self.load()
+        receipts, values, kept, states = [], [], [], []
+        at = order.shared
+        for cohort in cohorts:
+            began = time.perf_counter()
+            until = at + len(cohort.partitions)
+            answers, value = self._cohort(cohort, order, fold, objects, objects[at:until])
+            at = until
+            values.append(value)
+            if fold is not None and order.keep:
+                kept.append([_ready(answer.reply) for answer in answers])
+            states += [for_transport(a.state) if a.state else None for a in answers]
+            changes = [KEPT if a.state is None else NEW if a.state else EMPTY for a in answers]
+            receipts.append(Receipt(changes, time.perf_counter() - began))
+        return receipts, values, kept or None, *states
+
+    def _cohort(
+        self,
+        cohort: Cohort,
+        order: Order,
+        fold: Fold | None,
+        objects: Sequence[Any],
+        states: Sequence[RecordDict | None],
+    ) -> tuple[list[Answer], tuple[list[Message], Any]]:
         assert self._runner is not None
-        messages = [
-            make_message(
-                one,
-                RecordDict({name: objects[part] if isinstance(part, int) else part for name, part in content}),
-            )
-            for one, content in zip(metadata, contents)
-        ]
-        answers = self._runner.run(messages, partitions, objects[shared:], deadline)
-        receipt = [KEPT if a.state is None else NEW if a.state else EMPTY for a in answers]
-        return receipt, [a.reply for a in answers], *(a.state or None for a in answers)
+        answers = self._runner.run(_messages(cohort, objects), cohort.partitions, states, order.deadline)
+        replies, part = folded(fold, cohort.partitions, [answer.reply for answer in answers])
+        return answers, ([_ready(reply) for reply in replies], part)
+
+    def measure(self, cohorts: Sequence[Cohort], *objects: Any) -> list[Measured]:
+        """Run cohorts for the sake of measuring, see `SimulationGrid.measure`; objects as in `run`."""
+        self.load()
+        assert self._runner is not None
+        return [self._runner.measure(_messages(cohort, objects), cohort.partitions) for cohort in cohorts]
+
+    def idle(self) -> None:
+        """Give back what the allocator keeps of the GPU: others may need it until the next cohort comes."""
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    def compute(self, function: Callable[..., Any], arguments: list[Any], *objects: Any) -> Any:
+        """Call a function of which some arguments are `Stored`: replies in, or themselves, one of the objects."""
+        return function(*(a.value(objects) if isinstance(a, Stored) else a for a in arguments))
+
+
+class Stored(NamedTuple):
+    """Stands for an argument of `Worker.compute` that travels by reference."""
+
+    number: int  # among the objects
+    path: tuple[int, ...] = ()  # where in the object it is
+
+    def value(self, objects: Sequence[Any]) -> Any:
+        """Return the argument."""
+        found = objects[self.number]
+        for step in self.path:
+            found = found[step]
+        return found
+
+
+def _ready(reply: Message) -> Message:
+    """Make a reply ready for transport."""
+    if reply.has_content():
+        reply.content = for_transport(reply.content)
+    return reply
+
+
+def folded(fold: Fold | None, partitions: Sequence[int], replies: list[Message]) -> tuple[list[Message], Any]:
+    """Return the slim replies of a cohort and its partial result; without a fold, the replies and None."""
+    if fold is None:
+        return replies, None
+    with one_thread():
+        return fold(list(zip(partitions, replies)))
+
+
+def _messages(cohort: Cohort, objects: Sequence[Any]) -> list[Message]:
+    return [
+        make_message(metadata, _content(content, objects))
+        for metadata, content in zip(cohort.metadata, cohort.contents)
+    ]
+
+
+def _content(content: int | list[tuple[str, int | Record]], objects: Sequence[Any]) -> RecordDict:
+    if isinstance(content, int):
+        return objects[content]
+    return RecordDict({name: objects[part] if isinstance(part, int) else part for name, part in content})
+
+
+def for_transport(records: Any) -> Any:
+    """Return records (or one record) of which Ray maps the arrays into memory instead of copying them."""
+    if isinstance(records, RecordDict):
+        return RecordDict({name: for_transport(record) for name, record in records.items()})
+    return buffered(records) if isinstance(records, ArrayRecord) else records

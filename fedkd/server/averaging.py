@@ -1,15 +1,20 @@
-"""Streamed weighted averages of model states, in groups, accumulated in float64 in the order given."""
+"""Weighted averages of model states, in groups, streamed and accumulated in float64, cohort by cohort."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from fedkd.errors import KnowledgeError, ScenarioError
+from fedkd.payloads import State, Weights
+from fedkd.server.totals import Total
+from fedkd.server.uploads import Upload, sum_up
+
+CHUNK = 1 << 15  # numbers that are added at a time
 
 
 class HasWeights(Protocol):
@@ -42,8 +47,9 @@ def average(
 ) -> dict[str, dict[str, Tensor]]:
     """Average model states within groups, as FedAvg does.
 
-    Uploads are consumed once, in the order given, and dropped: the memory is one float64 copy of a state for
-    each group, however many uploads there are. Equal uploads in equal order give equal bits.
+    Uploads are consumed once, in the order given, and dropped: the memory is a few float64 copies of a state for
+    each group, however many uploads there are. Equal uploads in equal order give equal bits. A strategy that only
+    averages need not read uploads at all: see `DistillationStrategy.total`.
 
     Parameters
     ----------
@@ -83,17 +89,7 @@ def average(
     >>> average([a, b])
     {'mlp': {'w': tensor([3.])}}
     """
-    weight_of = _weight_function(weights)
-    groups: dict[str, StateMean] = {}
-    for upload in uploads:
-        name = str(getattr(upload, by))
-        weight = float(weight_of(upload))
-        if not math.isfinite(weight) or weight < 0:
-            raise KnowledgeError(f"an upload of {name} has weight {weight}")
-        groups.setdefault(name, StateMean(name)).add(upload.state, weight)
-    if not groups:
-        raise KnowledgeError("nothing to average: no uploads")
-    return {name: mean.result() for name, mean in groups.items()}
+    return sum_up(uploads, Averages(weights=weights, by=by)).result()
 
 
 def mean_state(states: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -120,14 +116,81 @@ def mean_state(states: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return mean.result()
 
 
-def _weight_function(weights: Any) -> Callable[[Any], float]:
-    if callable(weights):
-        return cast(Callable[[Any], float], weights)
-    if weights == "examples":
-        return lambda upload: upload.num_examples
-    if weights == "uniform":
-        return lambda upload: 1.0
-    raise ScenarioError(f"weights of the average {weights!r} are unknown", hint="examples or uniform")
+class Averages(Total):
+    """Weighted means of the uploaded weights, in groups: federated averaging.
+
+    Parameters
+    ----------
+    expected : mapping of str to mapping of str to Tensor, optional
+        A state of each architecture, or tensors on the device ``meta`` with its names, shapes and types, which uploads
+        must have. None: uploads were checked.
+    weights : str or callable
+        ``examples`` (McMahan et al. 2017), ``uniform``, or a function from an upload to a weight >= 0. An upload of
+        weight 0 is left out.
+    by : str
+        Attribute of an upload that names its group.
+
+    Raises
+    ------
+    ScenarioError
+        Unknown weights.
+    """
+
+    def __init__(
+        self,
+        expected: Mapping[str, Mapping[str, Tensor]] | None = None,
+        *,
+        weights: str | Callable[[Any], float] = "examples",
+        by: str = "arch",
+    ) -> None:
+        if not callable(weights) and weights not in ("examples", "uniform"):
+            raise ScenarioError(f"weights of the average {weights!r} are unknown", hint="examples or uniform")
+        self.expected = expected or {}
+        self.weights, self.by = weights, by
+        self.means: dict[str, StateMean] = {}
+
+    def empty(self) -> Self:
+        """Return another one with the same settings."""
+        return type(self)(self.expected, weights=self.weights, by=self.by)
+
+    def check(self, upload: Upload) -> None:
+        """Refuse weights that do not fit the client's architecture, and uploads without examples."""
+        weights = upload.knowledge.get(Weights)
+        if weights.arch != upload.arch:
+            raise KnowledgeError(f"weights of {weights.arch} from a client with {upload.arch}")
+        weights.check(self.expected[upload.arch])
+        if upload.num_examples < 1:
+            raise KnowledgeError("no examples behind the upload")
+
+    def add(self, upload: Any) -> None:
+        """Add an upload's state with its weight."""
+        name = str(getattr(upload, self.by))
+        weight = self._weight(upload)
+        if not math.isfinite(weight) or weight < 0:
+            raise KnowledgeError(f"an upload of {name} has weight {weight}")
+        self.means.setdefault(name, StateMean(name)).add(upload.state, weight)
+
+    def merge(self, other: Self) -> None:
+        """Merge group by group."""
+        for name, mean in other.means.items():
+            self.means.setdefault(name, StateMean(name)).merge(mean)
+
+    def result(self) -> dict[str, State]:
+        """Return the mean of each group, in the order in which groups appeared.
+
+        Raises
+        ------
+        KnowledgeError
+            There were no uploads, a group's weights sum to 0, or a mean is not finite.
+        """
+        if not self.means:
+            raise KnowledgeError("nothing to average: no uploads")
+        return {name: mean.result() for name, mean in self.means.items()}
+
+    def _weight(self, upload: Any) -> float:
+        if callable(self.weights):
+            return float(self.weights(upload))
+        return float(upload.num_examples) if self.weights == "examples" else 1.0
 
 
 class StateMean:
@@ -171,20 +234,55 @@ class StateMean:
         if self.count == 0:
             # Multiplied by its weight only when a second one arrives: a mean of one must keep its bits, which
             # (w·x)/w does not do in float64.
-            self.sums = {k: t.detach().to(torch.float64, copy=True) for k, t in state.items()}
+            self.sums = {k: t.detach().to(torch.float64, copy=True).contiguous() for k, t in state.items()}
         else:
             for key, tensor in state.items():
-                total = self.sums[key]
-                if tensor.shape != total.shape:
+                if tensor.shape != self.sums[key].shape:
                     raise KnowledgeError(
                         f"uploads of {self.name} differ in shape: {key} is {tuple(tensor.shape)} "
-                        f"and {tuple(total.shape)}"
+                        f"and {tuple(self.sums[key].shape)}"
                     )
-                if self.count == 1:
-                    total.mul_(self.weight)
-                total.add_(tensor.detach().to(total.device), alpha=weight)
+            self._weigh()
+            for key, tensor in state.items():
+                _accumulate(self.sums[key], tensor, weight)
         self.weight += weight
         self.count += 1
+
+    def merge(self, other: StateMean) -> None:
+        """Add the states that another mean was fed.
+
+        Raises
+        ------
+        KnowledgeError
+            They do not fit the ones before.
+        """
+        self.dtypes = self.dtypes or other.dtypes
+        if other.dtypes and other.dtypes.keys() != self.dtypes.keys():
+            odd = sorted(other.dtypes.keys() ^ self.dtypes.keys())
+            raise KnowledgeError(f"uploads of {self.name} have different entries: {odd[:3]}")
+        if other.count == 0:
+            return
+        if self.count == 0:
+            self.sums = {key: total.clone() for key, total in other.sums.items()}  # a worker's are read-only
+        else:
+            self._weigh()
+            for key, total in other.sums.items():
+                _accumulate(self.sums[key], total, other.weight if other.count == 1 else 1.0)
+        self.weight += other.weight
+        self.count += other.count
+
+    def _weigh(self) -> None:
+        """Multiply the first state by its weight, now that it is not the only one."""
+        if self.count == 1:
+            for total in self.sums.values():
+                total.mul_(self.weight)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As arrays they travel between processes without being copied; tensors would not.
+        return self.__dict__ | {"sums": {key: total.cpu().numpy() for key, total in self.sums.items()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"sums": {key: torch.from_numpy(array) for key, array in state["sums"].items()}})
 
     def result(self) -> dict[str, Tensor]:
         """Return the mean, in the types of the first state; ends the accumulation.
@@ -206,3 +304,14 @@ class StateMean:
             if not bool(torch.isfinite(averaged[key]).all()):
                 raise KnowledgeError(f"the average of {self.name} is not finite: {key} holds NaN or infinite numbers")
         return averaged
+
+
+def _accumulate(total: Tensor, values: Tensor, weight: float) -> None:
+    """Add ``weight * values`` to a contiguous float64 tensor, a piece at a time: float64 copies stay in the cache."""
+    values = values.detach().to(total.device)
+    if values.numel() <= CHUNK:
+        total.add_(values.double(), alpha=weight)
+        return
+    pieces = values.contiguous().view(-1).split(CHUNK)
+    for into, piece in zip(total.view(-1).split(CHUNK), pieces):
+        into.add_(piece.double(), alpha=weight)

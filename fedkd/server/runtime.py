@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +14,20 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor, nn
 
+from fedkd.cohorts import compose
 from fedkd.data.federation import Federation, build_federation
 from fedkd.data.proxy import ProxySet
-from fedkd.errors import KnowledgeError, RunError
+from fedkd.errors import RunError
 from fedkd.payloads import CONFIG, Knowledge, State, Weights
+from fedkd.server.clock import TimedExchange, make_clock, num_bytes
+from fedkd.server.compute import Compute
+from fedkd.server.totals import Total
+from fedkd.server.uploads import Check, FoldUploads, Upload, Verdict, inspect, read_slim
 from fedkd.students import (
     build_student,
-    has_batch_norm,
+    complete,
     pick_device,
     predict,
-    reestimate_norms,
     snapshot,
     travelling,
 )
@@ -36,44 +39,6 @@ if TYPE_CHECKING:
 Event = dict[str, Any]
 LIVE_ONLY = frozenset({"started", "reply"})  # events for progress bars, not for metrics.jsonl
 NODES_TIMEOUT = 30.0  # seconds to wait for a foreign grid's nodes
-
-
-@dataclass(frozen=True, eq=False)
-class Upload:
-    """What one client sent back, read and checked.
-
-    Parameters
-    ----------
-    partition_id : int
-        The client.
-    arch : str
-        Its architecture.
-    knowledge : Knowledge
-        What it shared.
-    message : Message
-        The Flower message that brought it.
-    """
-
-    partition_id: int
-    arch: str
-    knowledge: Knowledge
-    message: Message
-
-    @property
-    def num_examples(self) -> int:
-        """Training samples behind the upload."""
-        return self.knowledge.num_examples
-
-    @property
-    def state(self) -> State:
-        """The uploaded weights.
-
-        Raises
-        ------
-        KnowledgeError
-            The upload holds none.
-        """
-        return self.knowledge.get(Weights).state
 
 
 class ServerRuntime:
@@ -95,6 +60,7 @@ class ServerRuntime:
         self.federation: Federation = build_federation(scenario)
         self.device = pick_device(scenario.system.device)
         self.on_event = on_event or (lambda event: None)
+        self.clock = make_clock(scenario)
         self.traffic: dict[str, Counter[str]] = {"up": Counter(), "down": Counter()}
         self._models: dict[str, tuple[nn.Module, State]] = {}
 
@@ -106,7 +72,7 @@ class ServerRuntime:
     @property
     def archs(self) -> list[str]:
         """Architectures of the federation, in order of first appearance."""
-        return list(dict.fromkeys(self.federation.archs))
+        return list(self.federation.archs.names)
 
     @property
     def server_arch(self) -> str:
@@ -130,6 +96,11 @@ class ServerRuntime:
         """Return the part of an architecture's seeded initial state that travels."""
         return self._built(arch)[1]
 
+    @cached_property
+    def expected(self) -> dict[str, State]:
+        """Names, shapes and types of what travels, by architecture: tensors without memory, on the device ``meta``."""
+        return {arch: {name: tensor.to("meta") for name, tensor in self.initial(arch).items()} for arch in self.archs}
+
     def model(self, arch: str, state: Mapping[str, Tensor] | None = None) -> nn.Module:
         """Return the server's module of an architecture with a state loaded (see `complete`).
 
@@ -144,16 +115,12 @@ class ServerRuntime:
         """Return a whole state for one that travelled without its running statistics.
 
         With ``models.buffers = "params_only"`` the server has no statistics of BatchNorm layers: they are estimated
-        on the proxy set, so that they depend on the weights alone and not on what the server did before.
+        on the proxy set.
         """
         if self.scenario.models.buffers == "all":
             return dict(state)
-        model, _ = self._built(arch)
-        model.load_state_dict(dict(state), strict=False)
-        if has_batch_norm(model):
-            ids = torch.arange(len(self.proxy))
-            reestimate_norms(model, self.proxy.data, ids, device=self.device, channels_last=self.channels_last)
-        return snapshot(model.state_dict())
+        data = None if self.federation.proxy is None else self.federation.proxy.data
+        return complete(self._built(arch)[0], state, data, device=self.device, channels_last=self.channels_last)
 
     def state_of(self, model: nn.Module) -> State:
         """Return the part of a model's state that travels."""
@@ -172,9 +139,14 @@ class ServerRuntime:
         """Whether image batches use the channels-last layout."""
         return self.scenario.client.channels_last and self.federation.dataset.kind == "image"
 
-    def predict(self, arch: str, state: Mapping[str, Tensor], data: ArrayData) -> Tensor:
+    @cached_property
+    def compute(self) -> Compute:
+        """Computes models' outputs on the workers."""
+        return Compute(self.scenario, self.grid, self.federation)
+
+    def predict(self, arch: str, state: State, data: ArrayData) -> Tensor:
         """Return a model's logits on all of `data`, in evaluation mode, float32 on the CPU, shape [N, C]."""
-        return self._logits(self.model(arch, state), data, torch.arange(len(data)))
+        return self.compute.member(Weights(state, arch)).outputs(data, torch.arange(len(data)))
 
     @property
     def has_labels(self) -> bool:
@@ -183,12 +155,22 @@ class ServerRuntime:
 
     def label_accuracy(self, model: nn.Module) -> float:
         """Return a model's accuracy on the server's labelled samples (cut from the training data, never test)."""
-        ids = torch.as_tensor(self.federation.server_labels)
-        labels = torch.tensor(np.asarray(self.federation.train.labels)[ids.numpy()], dtype=torch.int64)
-        return float((self._logits(model, self.federation.train, ids).argmax(1) == labels).double().mean())
+        ids, labels = self._labelled
+        logits = predict(model, self.federation.train, ids, device=self.device, channels_last=self.channels_last)
+        return float((logits.argmax(1) == labels).double().mean())
 
-    def _logits(self, model: nn.Module, data: ArrayData, ids: Tensor) -> Tensor:
-        return predict(model, data, ids, device=self.device, channels_last=self.channels_last)
+    def label_accuracies(self, uploads: Sequence[Upload]) -> Iterator[float]:
+        """Yield the accuracy of uploaded models on the server's labelled samples; the workers run them."""
+        ids, labels = self._labelled
+        for logits in self.compute.logits([upload.message for upload in uploads], self.federation.train, ids):
+            yield float((logits.argmax(1) == labels).double().mean())
+
+    @cached_property
+    def _labelled(self) -> tuple[Tensor, Tensor]:
+        """Ids and labels of the server's labelled samples."""
+        ids = np.asarray(self.federation.server_labels)
+        labels = np.asarray(self.federation.train.labels)[ids]
+        return torch.tensor(ids, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64)
 
     def emit(self, event: str, **fields: Any) -> None:
         """Send an event to whoever listens."""
@@ -200,12 +182,12 @@ class ServerRuntime:
         knowledge: Mapping[int, Knowledge],
         *,
         round: int,
-        check: Callable[[Upload], None],
+        checks: Sequence[Check],
         config: Mapping[str, Any] | None = None,
     ) -> Iterator[Upload]:
         """Send knowledge to clients and yield their checked uploads, in partition order.
 
-        Replies that are errors, or that `check` refuses, are emitted as ``refused`` events and left out.
+        Replies that are errors, or that a check refuses, are emitted as ``refused`` events and left out.
 
         Parameters
         ----------
@@ -215,20 +197,104 @@ class ServerRuntime:
             What each client gets, by partition id. Clients that get the same object share one content.
         round : int
             Communication round.
-        check : callable
-            Raises `KnowledgeError` for an upload to be refused.
+        checks : sequence of callable
+            Raise `KnowledgeError` for an upload to be refused.
         config : mapping, optional
             Further scalars for the clients.
         """
         messages = self.messages(message_type, knowledge, round=round, config=config)
-        return self.gather(messages, round=round, check=check)
+        return self.gather(messages, round=round, checks=checks)
 
-    def gather(self, messages: Iterable[Message], *, round: int, check: Callable[[Upload], None]) -> Iterator[Upload]:
+    def gather(self, messages: Iterable[Message], *, round: int, checks: Sequence[Check]) -> Iterator[Upload]:
         """Send messages that are ready and yield the checked uploads in partition order, as in `exchange`."""
+        messages, timed = self._timed(messages, round)
+        cohorts = self._cohorts(self.partition_of(message.metadata.dst_node_id) for message in messages)
         replies = self.grid.send_and_receive(messages)
-        if not hasattr(self.grid, "nodes"):  # a foreign grid replies in order of arrival
-            replies = sorted(replies, key=lambda reply: self.partition_of[reply.metadata.src_node_id])
-        yield from self.read(replies, round=round, check=check)
+        if not self._grid_is_ours:  # a foreign grid replies in order of arrival
+            replies = sorted(replies, key=lambda reply: self.partition_of(reply.metadata.src_node_id))
+        yield from self.read(replies, round=round, checks=checks, cohorts=cohorts, timed=timed)
+
+    @property
+    def sums_on_workers(self) -> bool:
+        """Whether uploads can be summed where the clients run: on our grids, unless the first to arrive are sought."""
+        return hasattr(self.grid, "send_and_fold") and (self.clock is None or self.clock.over_selection == 1)
+
+    def exchange_sums(
+        self,
+        message_type: str,
+        knowledge: Mapping[int, Knowledge],
+        total: Total,
+        *,
+        round: int,
+        checks: Sequence[Check],
+        keep: bool,
+    ) -> Iterator[tuple[list[Upload], Total | None]]:
+        """Send knowledge to clients and sum their uploads on the workers; yield cohort by cohort.
+
+        Parameters
+        ----------
+        message_type, knowledge, round
+            As in `exchange`.
+        total : Total
+            An empty sum; it checks what it adds.
+        checks : sequence of callable
+            Further checks; can be pickled.
+        keep : bool
+            Whether whole uploads stay where they are, for those who ask for an upload's weights later.
+
+        Yields
+        ------
+        list of Upload, Total or None
+            A cohort's accepted uploads, without their payloads, and its sum; None if the whole cohort failed.
+        """
+        federation = self.federation
+        messages, timed = self._timed(self.messages(message_type, knowledge, round=round), round)
+        if timed is not None:
+            checks = [timed.in_time, *checks]
+            for p, verdict in timed.dropouts():
+                self._account(verdict, p, round)
+        asked = [self.partition_of(message.metadata.dst_node_id) for message in messages]
+        fold = FoldUploads(total.empty(), {p: federation.archs[p] for p in asked}, tuple(checks))
+        cohorts = self._cohorts(asked)
+        grid: Any = self.grid
+        for replies, part in grid.send_and_fold(messages, fold, keep=keep):
+            accepted = []
+            for reply in replies:
+                p = self.partition_of(reply.metadata.src_node_id)
+                verdict = read_slim(reply, p, federation.archs[p], cohorts[p], grid.whole if keep else None)
+                if timed is not None:
+                    timed.note(p, verdict)
+                accepted.extend(self._account(verdict, p, round))
+            yield accepted, part
+        if timed is not None:
+            timed.end()
+
+    def _timed(self, messages: Iterable[Message], round: int) -> tuple[list[Message], TimedExchange | None]:
+        """Return the messages that are answered, and their exchange on the simulated clock, if it takes time there."""
+        messages = list(messages)
+        # What the simulator measures takes no time, as it does not travel.
+        if self.clock is None or any(message.metadata.message_type == "evaluate" for message in messages):
+            return messages, None
+        contents = {id(message.content): message.content for message in messages}
+        sizes = {key: num_bytes(content) for key, content in contents.items()}
+        down = {self.partition_of(m.metadata.dst_node_id): sizes[id(m.content)] for m in messages}
+        timed = TimedExchange(self.clock, round, down)
+        dropped = set(timed.dropped)
+        return [m for m in messages if self.partition_of(m.metadata.dst_node_id) not in dropped], timed
+
+    def _cohorts(self, partition_ids: Iterable[int]) -> dict[int, int]:
+        """Return the name of each client's cohort: the partition id of its last client."""
+        chosen = sorted(set(partition_ids))
+        cohorts = compose(chosen, [self.federation.archs[p] for p in chosen], self.scenario.system.cohort)
+        return {chosen[position]: chosen[cohort[-1]] for cohort in cohorts for position in cohort}
+
+    def _account(self, verdict: Verdict, partition_id: int, round: int) -> list[Upload]:
+        """Count the bytes of an upload; return it, or report why it is refused."""
+        self.traffic["up"].update(verdict.nbytes)
+        if verdict.upload is not None:
+            return [verdict.upload]
+        self.emit("refused", round=round, partition_id=partition_id, reason=verdict.reason)
+        return []
 
     def messages(
         self,
@@ -250,47 +316,64 @@ class ServerRuntime:
                 Message(
                     content=contents[id(item)],
                     message_type=message_type,
-                    dst_node_id=self.node_of[partition_id],
+                    dst_node_id=self.node_of(partition_id),
                     group_id=str(round),
                 )
             )
         return messages
 
-    def read(self, replies: Iterable[Message], *, round: int, check: Callable[[Upload], None]) -> Iterator[Upload]:
-        """Yield the uploads in replies that are no errors and that `check` accepts; count their bytes."""
-        for reply in replies:
-            partition_id = self.partition_of[reply.metadata.src_node_id]
-            try:
-                if reply.has_error():
-                    raise KnowledgeError(reply.error.reason or f"error {reply.error.code}")
-                received = Knowledge.from_records(reply.content)
-                self.traffic["up"].update(received.nbytes)
-                upload = Upload(partition_id, self.federation.archs[partition_id], received, reply)
-                check(upload)
-            except Exception as error:  # whatever an upload may cause, it costs its sender alone
-                reason = str(error) if isinstance(error, KnowledgeError) else f"{type(error).__name__}: {error}"
-                self.emit("refused", round=round, partition_id=partition_id, reason=reason)
-                continue
-            yield upload
+    def read(
+        self,
+        replies: Iterable[Message],
+        *,
+        round: int,
+        checks: Sequence[Check],
+        cohorts: Mapping[int, int] | None = None,
+        timed: TimedExchange | None = None,
+    ) -> Iterator[Upload]:
+        """Yield the uploads in replies that are no errors and that the checks accept; count their bytes."""
+        if cohorts is None:
+            replies = list(replies)
+            cohorts = self._cohorts(self.partition_of(reply.metadata.src_node_id) for reply in replies)
 
-    @cached_property
-    def partition_of(self) -> dict[int, int]:
-        """Partition id of every node id."""
-        return {node: partition for partition, node in self.node_of.items()}
+        def judged(reply: Message, checks: Sequence[Check]) -> tuple[int, Verdict]:
+            p = self.partition_of(reply.metadata.src_node_id)
+            return p, inspect(reply, p, self.federation.archs[p], checks, cohorts[p])
 
-    @cached_property
-    def node_of(self) -> dict[int, int]:
-        """Node id of every partition id: from our grid's table, or asked for once on a foreign grid.
+        if timed is None:
+            verdicts = (judged(reply, checks) for reply in replies)
+        else:
+            verdicts = timed.judge(replies, judged, checks)
+        for p, verdict in verdicts:
+            yield from self._account(verdict, p, round)
+
+    @property
+    def _grid_is_ours(self) -> bool:
+        return hasattr(self.grid, "nodes")
+
+    def partition_of(self, node_id: int) -> int:
+        """Return the partition id of a node."""
+        grid: Any = self.grid
+        return grid.nodes.partition(node_id) if self._grid_is_ours else self._foreign_partitions[node_id]
+
+    def node_of(self, partition_id: int) -> int:
+        """Return the node id of a client: our grids know it, a foreign one is asked once.
 
         Raises
         ------
         RunError
             A foreign grid has not got enough nodes.
         """
-        nodes = getattr(self.grid, "nodes", None)
-        if nodes is None:
-            return self._ask_nodes()
-        return {int(p): nodes.node_id(int(p)) for p in nodes.partition_ids}
+        grid: Any = self.grid
+        return grid.nodes.node_id(partition_id) if self._grid_is_ours else self._foreign_nodes[partition_id]
+
+    @cached_property
+    def _foreign_partitions(self) -> dict[int, int]:
+        return {node: partition for partition, node in self._foreign_nodes.items()}
+
+    @cached_property
+    def _foreign_nodes(self) -> dict[int, int]:
+        return self._ask_nodes()
 
     def _ask_nodes(self) -> dict[int, int]:
         expected, deadline = self.federation.num_clients, time.monotonic() + NODES_TIMEOUT

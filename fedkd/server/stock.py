@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app.message import make_message
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
@@ -151,7 +152,7 @@ class StockStrategy(DistillationStrategy):
         """Let Flower's strategy configure the round for the selected clients and aggregate the checked replies."""
         server = self.server
         weights = Weights(self.students[self.arch], self.arch)
-        view = GridView(server.grid, [server.node_of[p] for p in selected])
+        view = GridView(server.grid, [server.node_of(p) for p in selected])
         drawn = random.getstate()  # Flower samples with the global generator; our selection is already made
         try:
             messages = list(self.inner.configure_train(self.round, self.arrays(), ConfigRecord(), view))
@@ -164,14 +165,15 @@ class StockStrategy(DistillationStrategy):
                 message.content["weights.meta"] = meta
                 contents[id(message.content)] = message.content
             server.traffic["down"].update({"weights": weights.nbytes})
-        messages.sort(key=lambda message: server.partition_of[message.metadata.dst_node_id])
-        uploads = self.receive(server.gather(messages, round=self.round, check=self.checked(self.check)), keep)
+        messages.sort(key=lambda message: server.partition_of(message.metadata.dst_node_id))
+        checks = [self.held(selected), self.check]
+        uploads = self.receive(lambda: server.gather(messages, round=self.round, checks=checks), keep)
         replies = []
         for upload in uploads:
             # Flower refuses the whole round if one client reports other metrics than the rest.
             loss = upload.knowledge.metrics.get("loss", 0.0)
-            upload.message.content[METRICS] = MetricRecord({NUM_EXAMPLES: upload.num_examples, "loss": loss})
-            replies.append(upload.message)
+            metrics = MetricRecord({NUM_EXAMPLES: upload.num_examples, "loss": loss})
+            replies.append(make_message(upload.message.metadata, _separate(upload.message.content, metrics)))
         arrays, _ = self.inner.aggregate_train(self.round, replies)
         if arrays is None:
             raise RunError(f"round {self.round}: flwr:{self.inner_class.__name__} could not aggregate the replies")
@@ -199,6 +201,16 @@ def _field(parameter: inspect.Parameter, kind: type) -> Any:
 
 def _parameters(cls: type) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(cls.__init__).parameters
+
+
+def _separate(content: RecordDict, metrics: MetricRecord) -> RecordDict:
+    """Return records with other metrics, from which Flower's strategies may take arrays out, as some do."""
+    separate = RecordDict(dict(content))
+    for name, arrays in content.array_records.items():
+        separate[name] = ArrayRecord()
+        separate.array_records[name].update(arrays)
+    separate[METRICS] = metrics
+    return separate
 
 
 def _like(reference: Mapping[str, torch.Tensor], arrays: ArrayRecord) -> dict[str, torch.Tensor]:

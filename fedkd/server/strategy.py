@@ -5,31 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
-from torch import Tensor
 
+from fedkd.arrays import array_record
 from fedkd.client.local import LocalTraining
 from fedkd.errors import KnowledgeError, RunError
 from fedkd.payloads import Knowledge, State, Weights
 from fedkd.seeds import Purpose, rng
-from fedkd.server.averaging import average
+from fedkd.server.averaging import Averages
+from fedkd.server.compute import ComputedMember
 from fedkd.server.ensemble import Ensemble
-from fedkd.server.evaluation import agreement, scores, spread
-from fedkd.server.members import ModelMember
-from fedkd.server.runtime import ServerRuntime, Upload
-from fedkd.server.selection import select
-
-if TYPE_CHECKING:
-    from fedkd.data.batches import ArrayData
-
-Predict = Callable[["ArrayData"], Tensor]
+from fedkd.server.evaluation import Predict, agreement, predictions, scores, spread
+from fedkd.server.runtime import ServerRuntime
+from fedkd.server.selection import draw, how_many, select
+from fedkd.server.totals import Total
+from fedkd.server.uploads import Held, Upload, Uploads, sum_up
 
 
 @dataclass(kw_only=True)
@@ -78,6 +74,7 @@ class DistillationStrategy(Strategy):
         """
         self.server = server
         self.round = 0
+        self.selected: list[int] = []
         self.members: list[Upload] = []
         self.received = 0
         self.train_metrics: dict[str, float] = {}
@@ -96,8 +93,15 @@ class DistillationStrategy(Strategy):
 
     def select(self) -> list[int]:
         """Return the partition ids that take part in this round, ascending."""
-        federation, run = self.server.federation, self.server.scenario.run
-        return select(federation.eligible, federation.num_clients, run.participation, run.seed, self.round)
+        federation, run, clock = self.server.federation, self.server.scenario.run, self.server.clock
+        if clock is None:
+            return select(federation.eligible, federation.num_clients, run.participation, run.seed, self.round)
+        return clock.select(
+            self.round,
+            how_many(federation.num_clients, run.participation),
+            lambda count, available: draw(federation.eligible, count, run.seed, self.round, available),
+            least=self.server.scenario.system.min_replies,
+        )
 
     def broadcast(self, selected: list[int]) -> Mapping[int, Knowledge]:
         """Return what each selected client gets. Default: the weights of its architecture.
@@ -108,25 +112,35 @@ class DistillationStrategy(Strategy):
         return {p: by_arch[self.server.federation.archs[p]] for p in selected}
 
     def check(self, upload: Upload) -> None:
-        """Refuse an upload that cannot be used. Default: it must hold weights that fit its architecture.
+        """Refuse an upload that cannot be used. Default: it must fit what `total` sums.
+
+        A method that overrides this gets every upload; one that overrides `total` gets sums.
 
         Raises
         ------
         KnowledgeError
             With the reason; the upload is counted as refused and the round goes on.
         """
-        weights = upload.knowledge.get(Weights)
-        if weights.arch != upload.arch:
-            raise KnowledgeError(f"weights of {weights.arch} from a client with {upload.arch}")
-        weights.check(self.server.initial(upload.arch))
-        if upload.num_examples < 1:
-            raise KnowledgeError("no examples behind the upload")
+        self.total().check(upload)
+
+    def total(self) -> Total:
+        """Return an empty sum of what `fuse` needs of the uploads. Default: weights, averaged by architecture.
+
+        Workers make it, cohort by cohort, so that uploads do not travel, unless somebody needs each of them.
+        """
+        return Averages(self.server.expected, weights=self.weighting)
 
     def fuse(self, uploads: Iterable[Upload]) -> None:
-        """Turn the uploads, streamed in partition order, into models or targets. Default: average by architecture."""
-        weights: Any = self.weighting
-        averaged = average(uploads, by="arch", weights=weights)
-        self.students = {**self.students, **averaged}
+        """Turn the uploads into models or targets. Default: average by architecture.
+
+        Parameters
+        ----------
+        uploads : iterable of Upload
+            Streamed in partition order; or not read at all, but summed by `sum_up`.
+        """
+        averages = sum_up(uploads, self.total())
+        assert isinstance(averages, Averages)
+        self.students = {**self.students, **averages.result()}
 
     def distill(self) -> None:
         """Improve the students on proxy data. Default: nothing.
@@ -135,15 +149,16 @@ class DistillationStrategy(Strategy):
         """
 
     def predictors(self) -> dict[str, Predict]:
-        """Return the models on the server whose accuracy is reported, by name: data → logits [N, C].
+        """Return the models on the server whose accuracy is reported, by name: members, or data → logits [N, C].
 
         Default: ``server``, one for each architecture where there are several, and ``ensemble`` where the uploads
         of the round are kept.
         """
+        compute = self.server.compute
         named: dict[str, Predict] = {}
         for arch, state in self.students.items():
             name = "server" if len(self.students) == 1 else f"server/{arch}"
-            named[name] = partial(self.server.predict, arch, state)
+            named[name] = compute.member(Weights(state, arch))
         if self.members:
             ensemble = self.ensemble()
             named["ensemble"] = lambda data: ensemble.targets(data).log_probs()
@@ -155,17 +170,9 @@ class DistillationStrategy(Strategy):
         """Return the ensemble of this round's uploaded models. Default: the mean of their logits."""
         return Ensemble(self.teachers(), space="logits", reduce="mean")
 
-    def teachers(self) -> list[ModelMember]:
-        """Return this round's uploaded models as members of an ensemble."""
-        return [
-            ModelMember(
-                self.server.model(u.arch),
-                self.server.complete(u.arch, u.state),
-                device=self.server.device,
-                channels_last=self.server.channels_last,
-            )
-            for u in self.members
-        ]
+    def teachers(self) -> list[ComputedMember]:
+        """Return this round's uploaded models as members of an ensemble; the workers run them."""
+        return [self.server.compute.member(upload.message) for upload in self.members]
 
     def exchange(
         self,
@@ -188,20 +195,13 @@ class DistillationStrategy(Strategy):
         config : mapping, optional
             Further scalars for the clients.
         """
-        return self.server.exchange(
-            action, knowledge, round=self.round, check=self.checked(check or self.check), config=config
-        )
+        checks = [self.held(knowledge), check or self.check]
+        return self.server.exchange(action, knowledge, round=self.round, checks=checks, config=config)
 
-    def checked(self, check: Callable[[Upload], None]) -> Callable[[Upload], None]:
-        """Return a check that also refuses a number of examples that the client cannot have."""
-
-        def both(upload: Upload) -> None:
-            held = int(self.server.federation.sizes[upload.partition_id])
-            if upload.num_examples > held:
-                raise KnowledgeError(f"{upload.num_examples} examples from a client that has {held}")
-            check(upload)
-
-        return both
+    def held(self, partition_ids: Iterable[int]) -> Held:
+        """Return a check that refuses numbers of examples that these clients cannot have."""
+        sizes = self.server.federation.sizes
+        return Held({p: int(sizes[p]) for p in partition_ids})
 
     def rng(self, purpose: Purpose = Purpose.METHOD_SERVER) -> np.random.Generator:
         """Return the server's generator for a purpose in this round."""
@@ -212,11 +212,15 @@ class DistillationStrategy(Strategy):
 
         Methods with more state extend it, and `load_state_dict` with it.
         """
-        return {"round": self.round, "students": self.students}
+        clock = self.server.clock
+        simulated = {} if clock is None else {"simulated_time": clock.time}
+        return {"round": self.round, "students": self.students, **simulated}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.round = int(state["round"])
+        if self.server.clock is not None:
+            self.server.clock.time = float(state["simulated_time"])
         self.students = {arch: dict(student) for arch, student in state["students"].items()}
 
     # --- one round, and the run ------------------------------------------------------------------------------
@@ -286,8 +290,9 @@ class DistillationStrategy(Strategy):
         """Run one round, emit its event, and return the event's fields."""
         server, run = self.server, self.server.scenario.run
         before = {way: dict(kinds) for way, kinds in server.traffic.items()}
+        began = server.clock.time if server.clock is not None else 0.0
         clock = [time.perf_counter()]
-        selected = self.select()
+        self.selected = selected = self.select()
         due = last or self.round % run.evaluate_every == 0
         keep = self.keeps_members or (due and run.evaluate_ensemble and self.shares_weights)
         server.emit("started", round=self.round, clients=selected)
@@ -315,42 +320,67 @@ class DistillationStrategy(Strategy):
             "bytes_down": traffic["down"],
             "seconds": seconds,
         }
+        if server.clock is not None:
+            record |= {"simulated_seconds": server.clock.time - began, "simulated_time": server.clock.time}
         server.emit("round", **record)
         return record
 
     def train(self, selected: list[int], keep: bool) -> None:
         """Broadcast, let the clients train, and fuse what they share."""
-        uploads = self.receive(self.exchange("train", self.broadcast(selected)), keep)
+        knowledge = self.broadcast(selected)
+        sums = self.server.sums_on_workers and type(self).check is DistillationStrategy.check
+        uploads = self.receive(
+            lambda: self.exchange("train", knowledge),
+            keep,
+            (lambda total: self.exchange_sums("train", knowledge, total, keep=keep)) if sums else None,
+        )
         self.fuse(uploads)
         if next(uploads, None) is not None:
             raise RunError(f"{type(self).__name__}.fuse left uploads unread: nobody trains unless they are read")
 
-    def receive(self, uploads: Iterable[Upload], keep: bool) -> Iterator[Upload]:
-        """Pass uploads through: count them, average their metrics, keep them as members if asked to.
+    def exchange_sums(
+        self, action: str, knowledge: Mapping[int, Knowledge], total: Total, *, keep: bool
+    ) -> Iterator[tuple[list[Upload], Total | None]]:
+        """Send knowledge to clients and let the workers sum their uploads, see `ServerRuntime.exchange_sums`."""
+        return self.server.exchange_sums(
+            action, knowledge, total, round=self.round, checks=[self.held(knowledge)], keep=keep
+        )
+
+    def receive(
+        self,
+        one_by_one: Callable[[], Iterator[Upload]],
+        keep: bool,
+        on_workers: Callable[[Total], Iterator[tuple[list[Upload], Total | None]]] | None = None,
+    ) -> Uploads:
+        """Return the uploads of an exchange; count them, average their metrics, keep them as members if asked to.
 
         Raises
         ------
         RunError
-            Fewer uploads arrived than ``system.min_replies``.
+            When they are read: fewer uploads arrived than ``system.min_replies``.
         """
-        self.members, self.received, total = [], 0, 0
-        sums: dict[str, float] = {}
-        for upload in uploads:
+        self.members, self.received = [], 0
+        reports: dict[int, Knowledge] = {}
+
+        def seen(upload: Upload) -> None:
             self.received += 1
-            total += upload.num_examples
-            for name, value in upload.knowledge.metrics.items():
-                sums[name] = sums.get(name, 0.0) + value * upload.num_examples
+            reports[upload.partition_id] = Knowledge(num_examples=upload.num_examples, metrics=upload.knowledge.metrics)
             if keep:
                 self.members.append(upload)
             self.server.emit("reply", round=self.round, partition_id=upload.partition_id)
-            yield upload
-        self.train_metrics = {name: value / max(total, 1) for name, value in sums.items()}
-        needed = self.server.scenario.system.min_replies
-        if self.received < needed:
-            raise RunError(
-                f"round {self.round}: {self.received} usable uploads, at least {needed} are needed "
-                "(system.min_replies); the reasons are in metrics.jsonl as 'refused' events"
-            )
+
+        def ended() -> None:
+            # Sums come cohort by cohort, uploads one by one; members and means of metrics are in partition order.
+            self.members.sort(key=lambda upload: upload.partition_id)
+            self.train_metrics = mean_metrics(reports[p] for p in sorted(reports))
+            needed = self.server.scenario.system.min_replies
+            if self.received < needed:
+                raise RunError(
+                    f"round {self.round}: {self.received} usable uploads, at least {needed} are needed "
+                    "(system.min_replies); the reasons are in metrics.jsonl as 'refused' events"
+                )
+
+        return Uploads(one_by_one, on_workers, seen, ended)
 
     def evaluate(self) -> dict[str, Any]:
         """Measure all predictors on the global test set, and clients where the scenario or method wants it.
@@ -362,12 +392,12 @@ class DistillationStrategy(Strategy):
         """
         federation, run = self.server.federation, self.server.scenario.run
         labels = torch.tensor(np.asarray(federation.test.labels), dtype=torch.int64)
-        logits = {name: predict(federation.test) for name, predict in self.predictors().items()}
+        logits = predictions(self.predictors(), federation.test)
         measured: dict[str, Any] = {name: scores(out, labels) for name, out in logits.items()}
         if not self.shares_weights:
             measured["clients"] = self.evaluate_clients(federation.eligible, on="global")
         if run.evaluate_clients != "none":
-            chosen = self.select() if run.evaluate_clients == "selected" else federation.eligible
+            chosen = self.selected if run.evaluate_clients == "selected" else federation.eligible
             measured["clients-local"] = self.evaluate_clients(chosen, on="local")
         record: dict[str, Any] = {**self.headline(measured), "predictors": measured}
         students = [name for name in logits if name.partition("/")[0] == "server"]
@@ -408,7 +438,7 @@ class DistillationStrategy(Strategy):
         nothing = Knowledge()
         knowledge = {p: models[server.federation.archs[p]] if self.shares_weights else nothing for p in chosen}
         traffic = {way: kinds.copy() for way, kinds in server.traffic.items()}
-        replies = server.exchange("evaluate", knowledge, round=self.round, check=_check_accuracy, config={"on": on})
+        replies = server.exchange("evaluate", knowledge, round=self.round, checks=[_check_accuracy], config={"on": on})
         accuracies = [u.knowledge.metrics["accuracy"] for u in replies if u.num_examples]
         server.traffic = traffic  # what the simulator measures does not travel in the method
         return spread(accuracies) if accuracies else {}
@@ -418,7 +448,7 @@ class DistillationStrategy(Strategy):
     def arrays(self) -> ArrayRecord:
         """Return the first student's weights as a Flower record."""
         first = next(iter(self.students.values()), {})
-        return ArrayRecord({name: Array(tensor.numpy()) for name, tensor in first.items()})
+        return array_record({name: tensor.numpy() for name, tensor in first.items()})
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -431,9 +461,13 @@ class DistillationStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Fuse replies and distill (Flower's interface)."""
-        uploads = self.server.read(replies, round=server_round, check=self.checked(self.check))
+        replies = list(replies)
+        senders = [self.server.partition_of(reply.metadata.src_node_id) for reply in replies]
+        checks = [self.held(senders), self.check]
         self.train_metrics = {}
-        self.fuse(self.receive(uploads, keep=self.keeps_members))
+        self.fuse(
+            self.receive(lambda: self.server.read(replies, round=server_round, checks=checks), self.keeps_members)
+        )
         self.distill()
         return self.arrays(), MetricRecord(dict(self.train_metrics))
 
@@ -449,6 +483,17 @@ class DistillationStrategy(Strategy):
 
     def summary(self) -> None:
         """Print nothing: runs report themselves (Flower's interface)."""
+
+
+def mean_metrics(reports: Iterable[Knowledge]) -> dict[str, float]:
+    """Return the mean of clients' metrics, weighted by their examples."""
+    sums: dict[str, float] = {}
+    total = 0
+    for report in reports:
+        total += report.num_examples
+        for name, value in report.metrics.items():
+            sums[name] = sums.get(name, 0.0) + value * report.num_examples
+    return {name: value / max(total, 1) for name, value in sums.items()}
 
 
 def _check_accuracy(upload: Upload) -> None:

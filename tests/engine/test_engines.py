@@ -106,7 +106,7 @@ def test_a_client_that_always_kills_its_worker_ends_as_an_error(ray_grid, tmp_pa
     failed = [p for p, reply in enumerate(replies) if reply.has_error()]
     assert failed == [2, 3]  # the cohort of the culprit
     assert replies[2].error.code == ErrorCode.CLIENT_APP_CRASHED
-    assert "died 2 times" in replies[2].error.reason
+    assert "a worker died, 2 times" in replies[2].error.reason
     assert sorted(ray_grid.state_dict()) == [p for p in range(20) if p not in failed]
 
 

@@ -138,6 +138,36 @@ def test_norm_option_decides_the_layers():
             assert present == ({kinds[norm]} if norm in kinds else set())
 
 
+@pytest.mark.parametrize("norm", ["group", "none"])
+def test_pooling_before_relu_changes_no_bits(norm):
+    model = image_model("cnn", norm=norm)
+    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def relu_first(x):
+        for stage in model.body.stages:
+            *layers, pool, relu = stage
+            for layer in layers:
+                x = layer(x)
+            x = pool(relu(x))
+        return model.head(model.body.neck(x))
+
+    logits = [model(x).logits, relu_first(x)]
+    grads = [torch.autograd.grad(out.square().sum(), list(model.parameters())) for out in logits]
+    assert torch.equal(*logits) and all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_group_norm_stays_float32_under_autocast():
+    model = image_model("cnn")
+    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+    seen = []
+    for module in norms:
+        module.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(torch.zeros(2, 1, 8, 8))
+    assert seen == [(torch.bfloat16, torch.float32)] * len(norms)
+    assert model.double()(torch.zeros(2, 1, 8, 8).double()).logits.dtype == torch.float64
+
+
 @pytest.mark.parametrize("name", models.names())
 def test_a_cohort_is_computed_at_once_as_one_by_one(name):
     if name == "text":

@@ -203,6 +203,34 @@ def test_same_generator_same_bits_and_global_generator_untouched() -> None:
     assert torch.equal(states[0], states[1])
 
 
+# --- precision ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["group", "batch", "none"])
+def test_bf16_is_near_float32_and_leaves_weights_and_losses_in_float32(norm: str) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (24, 8, 8), dtype=np.uint8)
+    data = ArrayData(images, kind="image", mean=(0.5,), std=(0.25,))
+    losses: list[Tensor] = []
+    found = []
+    for precision in ("fp32", "bf16", "bf16"):
+        model = build("cnn", num_classes=3, input_shape=(1, 8, 8), kind="image", norm=norm)
+        report = Distiller(
+            reduction="batchmean", t_squared=False, steps=20, batch_size=8, channels_last=True, precision=precision
+        ).fit(
+            model,
+            data,
+            noise_targets(24, classes=3),
+            generator=generator(),
+            on_step=lambda step, loss: losses.append(loss),
+        )
+        assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
+        found.append((report.loss_last, torch.cat([tensor.flatten().detach() for tensor in model.parameters()])))
+    assert {loss.dtype for loss in losses} == {torch.float32} and len(losses) == 60
+    (full, weights), (half, other), (again, same) = found
+    assert half == pytest.approx(full, rel=0.05) and not torch.equal(weights, other)
+    assert half == again and torch.equal(other, same)
+
+
 # --- validation ---------------------------------------------------------------------------------------------
 
 
@@ -382,6 +410,7 @@ def test_no_targets() -> None:
         ({"kind": "js"}, "kind 'js'"),
         ({"returns": "first"}, "returns 'first'"),
         ({"norm_buffers": "all"}, "norm_buffers 'all'"),
+        ({"precision": "fp16"}, "precision 'fp16'"),
         ({"schedule": "linear"}, "schedule 'linear'"),
         ({"lr": 0.0}, "lr must be > 0"),
         ({"lr": float("nan")}, "lr must be > 0, is nan"),

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fedkd.server.evaluation import agreement, scores, spread
-from fedkd.server.selection import select
 
 
 def test_scores_by_hand():
@@ -36,15 +35,3 @@ def test_agreement_counts_equal_predictions_not_right_ones():
 def test_worst_decile_is_the_mean_of_the_worst_tenth_and_at_least_one_client():
     assert spread([i / 20 for i in range(20)]) == {"accuracy": 0.475, "worst_decile": 0.025, "clients": 20}
     assert spread([0.2, 0.8])["worst_decile"] == 0.2
-
-
-def test_selection_depends_on_seed_and_round_alone():
-    assert select(range(20), 20, 0.4, seed=0, round=1) == select([*range(19, -1, -1)], 20, 0.4, seed=0, round=1)
-    assert len(select(range(20), 20, 0.4, seed=0, round=1)) == 8
-    assert select(range(20), 20, 0.4, seed=0, round=1) != select(range(20), 20, 0.4, seed=0, round=2)
-    assert select(range(20), 20, 0.4, seed=0, round=1) != select(range(20), 20, 0.4, seed=1, round=1)
-
-
-def test_selection_takes_at_least_one_and_at_most_all_eligible():
-    assert len(select(range(20), 20, 0.001, seed=0, round=1)) == 1
-    assert select([3, 5], 20, 1.0, seed=0, round=1) == [3, 5]

@@ -1,6 +1,7 @@
 """Each method against its formula, on numbers worked out by hand."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,9 +148,16 @@ class _Said:
         self.knowledge = Knowledge.of(ProxyOutputs(torch.tensor([3, 8]), torch.tensor(rows), "probs"))
 
 
-def test_dsfl_averages_probabilities_and_sharpens_the_mean():
-    strategy = DSFL(temperature=0.1)
+def _dsfl(classes, **hyper):
+    """A server that has asked for samples 3 and 8."""
+    strategy = DSFL(**hyper)
+    strategy.server = SimpleNamespace(federation=SimpleNamespace(num_classes=classes))  # type: ignore[assignment]
     strategy.asked = torch.tensor([3, 8])
+    return strategy
+
+
+def test_dsfl_averages_probabilities_and_sharpens_the_mean():
+    strategy = _dsfl(3, temperature=0.1)
     uploads = [_Said([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0]]), _Said([[0.3, 0.5, 0.2], [0.0, 1.0, 0.0]])]
 
     strategy.fuse(uploads)
@@ -163,15 +171,13 @@ def test_dsfl_averages_probabilities_and_sharpens_the_mean():
     torch.testing.assert_close(strategy.labels.values, expected)
     assert strategy.labels.ids.tolist() == [3, 8]
 
-    flipped = DSFL(temperature=0.1)
-    flipped.asked = strategy.asked
+    flipped = _dsfl(3, temperature=0.1)
     flipped.fuse(uploads[::-1])
     torch.testing.assert_close(flipped.labels.values, strategy.labels.values, rtol=0, atol=1e-7)
 
 
 def test_dsfl_without_entropy_reduction_is_the_plain_mean():
-    strategy = DSFL(aggregation="mean")
-    strategy.asked = torch.tensor([3, 8])
+    strategy = _dsfl(2, aggregation="mean")
     strategy.fuse([_Said([[0.5, 0.5], [1.0, 0.0]]), _Said([[0.1, 0.9], [0.0, 1.0]])])
     torch.testing.assert_close(strategy.labels.values, torch.tensor([[0.3, 0.7], [0.5, 0.5]]))
 

@@ -3,7 +3,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedkd.engine.cohorts import compose, longest_first
+from fedkd.cohorts import compose, longest_first
 
 
 def test_cohorts_are_sorted_and_of_one_architecture():
@@ -20,7 +20,7 @@ def test_width_is_a_sixteenth_rounded_up():
 
 def test_nobody_selected():
     assert compose([], []) == []
-    assert longest_first([], []) == []
+    assert longest_first([]) == []
 
 
 @given(st.lists(st.tuples(st.integers(0, 10_000), st.sampled_from("abc")), unique_by=lambda c: c[0], max_size=200))
@@ -38,4 +38,8 @@ def test_every_client_is_in_one_cohort_whatever_the_order(clients):
 
 
 def test_longest_cohort_goes_first():
-    assert longest_first([[0], [1, 2], [3]], [5, 3, 4, 5]) == [1, 0, 2]
+    assert longest_first([5, 7, 5]) == [1, 0, 2]
+
+
+def test_width_can_be_set():
+    assert compose([3, 1, 2], ["a", "a", "a"], width=2) == [[1, 2], [0]]

@@ -1,0 +1,284 @@
+"""Simulated clients on Ray workers."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import Error, Message, RecordDict
+from flwr.app.message import make_message
+
+from fedkd.cohorts import Costs, in_tasks, longest_first
+from fedkd.engine.grid import STORED, Fetch, Item, Outcome, SimulationGrid
+from fedkd.engine.measure import Measured
+from fedkd.engine.nodes import Nodes
+from fedkd.engine.placement import Node
+from fedkd.engine.worker import KEPT, NEW, AppFactory, Cohort, Fold, Order, Receipt, Record, Stored, for_transport
+from fedkd.errors import RunError
+
+if TYPE_CHECKING:
+    from fedkd.engine.pool import Pool
+
+log = logging.getLogger(__name__)
+
+AHEAD = 2
+"""Results of `compute` for each worker that are made before somebody asks for them."""
+
+_FIXED = 3  # objects that `Worker.run` returns before the clients' states
+_SMALL = (int, float, str, bool, type(None))
+
+
+class RayGrid(SimulationGrid):
+    """Runs clients on Ray workers that keep the app, and whatever the app keeps, from round to round.
+
+    Joins Ray where it is initialised, else starts it, and stops it again in `close`. A worker that dies is
+    replaced and its cohorts are run again, with the same result.
+
+    Parameters
+    ----------
+    app_factory : callable
+        Makes the ClientApp in each worker; pickled by Ray.
+    nodes : Nodes
+        The federation.
+    run_config : dict, optional
+        Configuration of the run.
+    workers : int
+        Worker processes, one CPU each; 0 (default) = one for each CPU of the cluster.
+    gpus_per_worker : float
+        Share of a GPU for each worker, default 0.
+    worker_bytes : int
+        Memory of a node that Ray sets aside for each worker; 0 (default) = none.
+    address : str
+        Ray cluster to join; empty (default) = start Ray on this machine.
+
+    Raises
+    ------
+    fedkd.errors.RunError
+        Ray cannot hold so many workers, or the app cannot be loaded (when the first message is sent).
+    """
+
+    def __init__(
+        self,
+        app_factory: AppFactory,
+        nodes: Nodes,
+        run_config: dict[str, Any] | None = None,
+        *,
+        cohort: int = 0,
+        workers: int = 0,
+        gpus_per_worker: float = 0.0,
+        worker_bytes: int = 0,
+        address: str = "",
+    ) -> None:
+        from fedkd.engine.pool import Pool  # Ray costs half a second; who runs inline does not pay for it
+
+        super().__init__(nodes, run_config, cohort=cohort)
+        self._costs = Costs()
+        self._pool: Pool = Pool(
+            (app_factory, len(nodes), self.run_config),
+            workers=workers,
+            gpus_per_worker=gpus_per_worker,
+            worker_bytes=worker_bytes,
+            address=address,
+        )
+
+    def state_dict(self) -> dict[int, RecordDict]:
+        """Fetch ``Context.state`` by partition id, for clients whose state is not empty."""
+        partitions = sorted(self._states)
+        return dict(zip(partitions, self._pool.get([self._states[p] for p in partitions])))
+
+    def _fetch(self, handles: list[Any]) -> list[RecordDict | None]:
+        fetched = iter(self._pool.get([handle for handle in handles if handle is not None]))
+        return [None if handle is None else next(fetched) for handle in handles]
+
+    def load_state_dict(self, states: dict[int, RecordDict]) -> None:
+        """Replace the states of all clients, as in `SimulationGrid`."""
+        super().load_state_dict(states)
+        self._states = {partition: self._pool.put(state) for partition, state in self._states.items()}
+
+    def close(self) -> None:
+        """Stop the workers, and Ray where this grid started it; read `state_dict` before."""
+        super().close()
+        self._pool.close()
+
+    def compute(self, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """Call the function on the workers, see `SimulationGrid.compute`."""
+        from fedkd.engine.pool import Job
+
+        jobs = list(jobs)
+        uses = Counter(id(argument) for job in jobs for argument in job)
+        function_ref = self._pool.put(function)
+        put: dict[int, Any] = {}
+
+        def made(job: tuple[Any, ...]) -> Job:
+            objects: list[Any] = []
+            arguments: list[Any] = []
+            for argument in job:
+                stored = argument.__dict__.get(STORED) if isinstance(argument, Message) else None
+                if stored is not None:
+                    arguments.append(Stored(len(objects), stored[1]))
+                    objects.append(stored[0])  # the reference
+                elif uses[id(argument)] > 1 and not isinstance(argument, _SMALL):
+                    if id(argument) not in put:
+                        put[id(argument)] = self._pool.put(argument)
+                    arguments.append(Stored(len(objects)))
+                    objects.append(put[id(argument)])
+                else:
+                    arguments.append(argument)
+            return Job("compute", (function_ref, arguments, *objects))
+
+        made_jobs = [made(job) for job in jobs]
+        with self._pool.dispatch(made_jobs, ahead=AHEAD * len(self._pool.actors)) as result:
+            for number in range(len(made_jobs)):
+                done = result(number)
+                if isinstance(done, Error):
+                    raise RunError(f"a computation on a worker failed: {done.reason}")
+                yield done.value
+
+    @contextmanager
+    def _running(
+        self, items: list[Item], cohorts: list[list[int]], deadline: float | None, fold: Fold | None, keep: bool
+    ) -> Iterator[Fetch]:
+        from fedkd.engine.pool import Done, Job
+
+        archs = [self.nodes.archs[self.nodes.index(items[cohort[0]].partition)] for cohort in cohorts]
+        samples = [self._samples(items[position].partition for position in cohort) for cohort in cohorts]
+        costs = [self._costs.of(arch, count) for arch, count in zip(archs, samples)]
+        tasks = in_tasks(longest_first(costs), costs, len(self._pool.actors))
+        home = {number: (task, place) for task, numbers in enumerate(tasks) for place, number in enumerate(numbers)}
+        shared = _Shared([item.message.content for item in items], self._pool.put)
+        fold_ref = None if fold is None else self._pool.put(fold)
+
+        def job(numbers: list[int]) -> Job:
+            objects: list[Any] = []
+            bundles = []
+            for number in numbers:
+                chosen = [items[position] for position in cohorts[number]]
+                contents = [shared.part(item.message.content, objects) for item in chosen]
+                bundles.append(Cohort([i.message.metadata for i in chosen], contents, [i.partition for i in chosen]))
+            partitions = [partition for bundle in bundles for partition in bundle.partitions]
+            order = Order(keep, deadline, len(objects))
+
+            def arguments() -> tuple[Any, ...]:
+                return (bundles, order, fold_ref, *objects, *(self._states.get(p) for p in partitions))
+
+            def repaired() -> tuple[Any, ...]:
+                self._rebuild(partitions)
+                return arguments()
+
+            return Job("run", arguments(), _FIXED + len(partitions), 1, repaired)
+
+        done: dict[int, Done | Error] = {}
+        limit = math.inf if deadline is None else deadline
+        with self._pool.dispatch([job(numbers) for numbers in tasks], deadline=limit) as result:
+
+            def fetch(number: int) -> tuple[list[Outcome], Any]:
+                task, place = home[number]
+                if task not in done:
+                    done[task] = result(task)
+                ended = done[task]
+                if isinstance(ended, Error):
+                    failed = [items[position].message for position in cohorts[number]]
+                    return [Outcome(Message(ended, reply_to=message), KEPT) for message in failed], None
+                receipt: Receipt = ended.first[place]
+                replies, part = ended.value[place]
+                ended.value[place] = None  # not kept longer than needed
+                self._costs.learn(archs[number], samples[number], receipt.seconds)
+                first = _FIXED + sum(len(cohorts[other]) for other in tasks[task][:place])
+                where = (ended.refs[1], (place, 0)) if fold is None else (ended.refs[2], (place,)) if keep else None
+                return [
+                    Outcome(
+                        reply,
+                        change,
+                        ended.refs[first + k] if change == NEW else None,
+                        None if where is None else (where[0], (*where[1], k)),
+                    )
+                    for k, (reply, change) in enumerate(zip(replies, receipt.changes))
+                ], part
+
+            yield fetch
+
+    def measure(self, cohorts: Sequence[Sequence[Message]]) -> list[Measured]:
+        """Run cohorts on one of the workers, see `SimulationGrid.measure`."""
+        from fedkd.engine.pool import Job
+
+        contents = [message.content for messages in cohorts for message in messages]
+        shared, objects, bundles = _Shared(contents, self._pool.put), [], []
+        for messages in cohorts:
+            partitions = self._registered(messages)
+            parts = [shared.part(message.content, objects) for message in messages]
+            bundles.append(Cohort([message.metadata for message in messages], parts, partitions))
+        self._pool.tell("measure", bundles[:1], *objects)
+        with self._pool.dispatch([Job("measure", (bundles, *objects))]) as result:
+            done = result(0)
+        if isinstance(done, Error):
+            raise RunError(done.reason)
+        return done.value
+
+    def load_app(self, app_factory: AppFactory) -> None:
+        """Let every worker make the app before its next cohort, see `SimulationGrid.load_app`."""
+        self._pool.load_app(app_factory)
+
+    @property
+    def workers(self) -> int:
+        """Worker processes."""
+        return len(self._pool.actors)
+
+    def machines(self, gpus: bool) -> list[Node]:
+        """Return the machines of the cluster."""
+        from fedkd.engine.machines import machines
+
+        return machines(gpus)
+
+    def whole(self, reply: Message) -> Message:
+        """Fetch the whole reply, see `SimulationGrid.whole`."""
+        if STORED not in reply.__dict__:
+            return reply
+        reference, path = reply.__dict__[STORED]
+        return make_message(reply.metadata, Stored(0, path).value(self._pool.get([reference])).content)
+
+    def _samples(self, partitions: Iterable[int]) -> int:
+        places = [self.nodes.index(partition) for partition in partitions]
+        return int(self.nodes.num_examples[places].sum())
+
+    def _rebuild(self, partitions: list[int]) -> None:
+        """Replace states that were lost with their node by what `on_lost` still has of them."""
+        for partition in partitions:
+            if partition in self._states and self._pool.is_lost(self._states[partition]):
+                log.warning("the state of client %d was lost with its node", partition)
+                state = self.on_lost(partition)
+                self._states.pop(partition)
+                if state:
+                    self._states[partition] = self._pool.put(state)
+
+
+class _Shared:
+    """What several messages of a call hold, in the object store once: whole contents, else single records."""
+
+    def __init__(self, contents: list[RecordDict], put: Callable[[Any], Any]) -> None:
+        self._contents = Counter(id(content) for content in contents)
+        self._records = Counter(id(record) for content in contents for record in content.values())
+        self._refs: dict[int, Any] = {}
+        self._put = put
+
+    def part(self, content: RecordDict, objects: list[Any]) -> int | list[tuple[str, int | Record]]:
+        """Return a content in terms of `objects`, to which what is missing is added."""
+        if self._contents[id(content)] > 1:
+            return self._number(content, objects)
+        return [
+            (name, self._number(record, objects) if self._records[id(record)] > 1 else for_transport(record))
+            for name, record in content.items()
+        ]
+
+    def _number(self, shared: RecordDict | Record, objects: list[Any]) -> int:
+        if id(shared) not in self._refs:
+            self._refs[id(shared)] = self._put(for_transport(shared))
+        ref = self._refs[id(shared)]
+        for number, other in enumerate(objects):
+            if other is ref:
+                return number
+        objects.append(ref)
+        return len(objects) - 1

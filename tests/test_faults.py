@@ -1,0 +1,185 @@
+"""Real faults of real processes: workers and drivers that are killed, nodes that leave, Ctrl-C."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from fedkd import run
+from fedkd.scenario_file import dump
+
+
+def metrics(folder):
+    """Return the round events without what depends on the clock."""
+    rounds = [e for e in run.read_metrics(folder) if e["event"] == "round"]
+    return [{k: v for k, v in e.items() if k != "seconds"} for e in rounds]
+
+
+def processes(title, session=None):
+    """Return the ids of processes whose title starts so, of one session (process group leader) if it is named."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            text = (path / "cmdline").read_bytes().decode(errors="replace")
+            if title in text and (session is None or os.getsid(int(path.name)) == session):
+                found.append(int(path.name))
+        except (OSError, ProcessLookupError):
+            continue
+    return found
+
+
+def wait_until(true, seconds=90.0):
+    """Wait for something that happens in another process."""
+    limit = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < limit, "waited in vain"
+        time.sleep(0.05)
+
+
+class KillsAWorker(run.Listener):
+    """Kills a busy worker with SIGKILL when the first reply of a round arrives: others are then being computed."""
+
+    def __init__(self, round):
+        self.round, self.killed = round, []
+
+    def event(self, event):
+        if event["event"] == "reply" and event["round"] == self.round and not self.killed:
+            self.killed = processes("ray::Worker")[:1]
+            os.kill(self.killed[0], signal.SIGKILL)
+
+
+# FedAvg sums on the workers, FedDF keeps uploads there and computes on them, FD's clients have memory of their own.
+@pytest.mark.parametrize("strategy", ["fedavg", {"name": "feddf", "steps": 5}, "fd"], ids=["fedavg", "feddf", "fd"])
+def test_a_worker_that_is_killed_changes_no_bit(small, tmp_path, ray_session, strategy):
+    many = {"partition__clients": 40, "run__participation": 1.0, "data__options": {"classes": 4, "train": 2_000}}
+    settings = many | {"client__epochs": 20, "partition__alpha": 10.0}
+    undisturbed = run.execute(small(strategy, **settings), out=tmp_path / "inline")
+
+    killer = KillsAWorker(round=2)
+    on_ray = small(strategy, **settings, system__engine="ray", system__workers=2)
+    killed = run.execute(on_ray, out=tmp_path / "ray", listener=killer)
+
+    assert killer.killed and not os.path.exists(f"/proc/{killer.killed[0]}")
+    assert metrics(killed.folder) == metrics(undisturbed.folder)
+    assert killed.summary["refused"] == 0
+
+
+def start(folder, scenario, *, session):
+    """Run a scenario as a user does, in a session of its own."""
+    (folder / "scenario.toml").write_text(dump(scenario))
+    command = [sys.executable, "-m", "fedkd.cli", "run", "scenario.toml", "--out", "runs"]
+    # The default handler of Ctrl-C, which a shell's background jobs do not have.
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=session,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def log_of(folder):
+    """Return the rounds that a running process has finished."""
+    found = list(folder.glob("runs/*/*/metrics.jsonl"))
+    text = found[0].read_text() if found else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n") and '"round"' in line]
+
+
+def test_a_driver_that_is_killed_leaves_no_worker_and_is_resumed(small, tmp_path):
+    settings = {"client__epochs": 20, "run__rounds": 30}
+    on_ray = small("fedavg", **settings, system__engine="ray", system__workers=2)
+    driver = start(tmp_path, on_ray, session=True)
+    wait_until(lambda: len([e for e in log_of(tmp_path) if e["event"] == "round"]) >= 2)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+
+    for title in ("ray::Worker", "raylet/raylet", "gcs_server"):
+        wait_until(lambda title=title: not processes(title, session=driver.pid), seconds=30)
+    for pid in processes("", session=driver.pid):  # Ray's own agents outlive it: nobody is left to stop them
+        os.kill(pid, signal.SIGKILL)
+    [folder] = tmp_path.glob("runs/*/*")
+    assert not (folder / "summary.json").exists()
+    resumed = run.resume(folder)
+    expected = run.execute(small("fedavg", **settings), out=tmp_path / "inline")
+    assert metrics(resumed.folder) == metrics(expected.folder)
+
+
+def test_ctrl_c_stops_within_seconds_and_leaves_no_process(small, tmp_path):
+    slow = small("fedavg", client__epochs=3_000, run__rounds=50, system__engine="ray", system__workers=2)
+    driver = start(tmp_path, slow, session=True)
+    wait_until(lambda: processes("ray::Worker.run", session=driver.pid))
+    began = time.monotonic()
+    os.kill(driver.pid, signal.SIGINT)
+    output, _ = driver.communicate(timeout=30)
+
+    assert driver.returncode == 130 and "fedkd resume" in output
+    assert time.monotonic() - began < 15  # seconds on a busy machine, against minutes for the cohorts
+    wait_until(lambda: not processes("", session=driver.pid), seconds=15)
+
+
+def test_a_node_that_leaves_takes_states_with_it_that_come_from_the_checkpoint(tmp_path):
+    """Ray's local cluster of two nodes; the second one is removed between two calls, with all that it holds."""
+    script = """
+        import logging, ray
+        from flwr.app import Message, RecordDict
+        from ray.cluster_utils import Cluster
+        from fedkd.engine import Nodes, RayGrid
+
+        def app():
+            import numpy as np
+            from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+            from flwr.clientapp import ClientApp
+
+            app = ClientApp()
+
+            @app.train()
+            def train(message, context):
+                kept = context.state.array_records.get("kept")
+                calls = int(kept["0"].numpy()[0]) + 1 if kept else 1
+                # Large enough to stay on the node that computed it.
+                context.state["kept"] = ArrayRecord([np.full(50_000, calls, np.float32)])
+                return Message(RecordDict({"metrics": MetricRecord({"calls": calls})}), reply_to=message)
+
+            return app
+
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+        second = cluster.add_node(num_cpus=1)
+        ray.init(address=cluster.address, logging_level="CRITICAL", log_to_driver=False)
+        grid = RayGrid(app, Nodes.alike(20), workers=2)
+        ray.get(list(grid._pool.loading.values()))  # both workers take part from the first call on
+
+        def calls():
+            messages = [Message(RecordDict(), node, "train") for node in grid.get_node_ids()]
+            return [reply.content["metrics"]["calls"] for reply in grid.send_and_receive(messages)]
+
+        assert calls() == [1] * 20
+        checkpoint, lost = grid.state_dict(), []
+
+        def on_lost(partition):
+            lost.append(partition)
+            return checkpoint[partition] if partition % 2 else None
+
+        grid.on_lost = on_lost
+        assert calls() == [2] * 20
+        cluster.remove_node(second, allow_graceful=False)
+        third = calls()
+        assert lost and len(lost) < 20, lost
+        # From the checkpoint: 1 + 1; without one, the client starts anew; the others went on.
+        assert third == [3 if p not in lost else 2 if p % 2 else 1 for p in range(20)], (third, lost)
+        assert calls() == [n + 1 for n in third]
+        grid.close()
+        print("done")
+    """
+    path = tmp_path / "cluster.py"
+    path.write_text(textwrap.dedent(script))
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=240, check=False)
+    assert done.stdout.strip().endswith("done"), done.stdout[-2_000:] + done.stderr[-2_000:]
+    assert "the state of client" in done.stderr  # a warning for each
