@@ -6,7 +6,7 @@ import ctypes
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkd import models
+from fedkd.errors import RunError
 from fedkd.payloads import State
 from fedkd.seeds import Purpose, torch_seed
 
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
     from fedkd.data.batches import ArrayData
     from fedkd.data.sources import Dataset
     from fedkd.scenario import Scenario
+
+
+SHARD = 1024
+"""Samples into which computations without gradients are divided: whole batches of every `forward_batch`, so that it
+does not change a bit who computes which shard."""
 
 
 def build_student(scenario: Scenario, dataset: Dataset, arch: str) -> nn.Module:
@@ -72,7 +78,7 @@ def travelling(model: nn.Module, buffers: str) -> State:
 
 def snapshot(state: Mapping[str, Tensor]) -> State:
     """Return copies on the CPU, in the default memory layout."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+    return {name: torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()) for name, t in state.items()}
 
 
 def reestimate_norms(
@@ -94,8 +100,10 @@ def reestimate_norms(
         Where the samples are.
     ids : Tensor
         Which samples, shape [n]; a last batch of one is left out.
-    device, batch_size, channels_last
+    device, channels_last
         As in `predict`.
+    batch_size : int
+        Samples in a batch.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [module.momentum for module in norms]
@@ -111,6 +119,42 @@ def reestimate_norms(
     for module, momentum in zip(norms, momenta, strict=True):
         module.momentum = momentum
         module.eval()
+
+
+def complete(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    data: ArrayData | None,
+    *,
+    device: str | torch.device = "cpu",
+    channels_last: bool = False,
+) -> State:
+    """Return a whole state for one that travelled without BatchNorm's running statistics.
+
+    They are estimated on data, so that they depend on the weights alone and not on what was computed before.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Module of the architecture, on `device`; its own state is overwritten.
+    state : mapping of str to Tensor
+        All parameters.
+    data : ArrayData or None
+        Samples for the statistics.
+    device, channels_last
+        As in `predict`.
+
+    Raises
+    ------
+    RunError
+        There are statistics to estimate, and no data.
+    """
+    model.load_state_dict(dict(state), strict=False)
+    if has_batch_norm(model):
+        if data is None:
+            raise RunError("running statistics of BatchNorm stay with the clients, and no proxy set can replace them")
+        reestimate_norms(model, data, torch.arange(len(data)), device=device, channels_last=channels_last)
+    return snapshot(model.state_dict())
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -146,6 +190,22 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, 1 << 30)
 
 
+def autocast(precision: str, device: str | torch.device) -> AbstractContextManager:
+    """Return the arithmetic of forward passes: ``fp32`` as it is, ``bf16`` by PyTorch's autocast.
+
+    On a CPU bf16 pays where it has instructions for it (``avx512_bf16``, ``amx_bf16``).
+    """
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def forward_batch(device: str | torch.device) -> int:
+    """Return how many samples to take in a forward pass without gradients.
+
+    128 on a CPU, whose caches then hold the activations of small models; a whole shard on a GPU.
+    """
+    return 128 if torch.device(device).type == "cpu" else SHARD
+
+
 def predict(
     model: nn.Module,
     data: ArrayData,
@@ -153,8 +213,9 @@ def predict(
     *,
     state: Mapping[str, Tensor] | None = None,
     device: str | torch.device = "cpu",
-    batch_size: int = 512,
+    batch_size: int = 0,
     channels_last: bool = False,
+    precision: str = "fp32",
 ) -> Tensor:
     """Return a model's logits in evaluation mode; the model comes back with its weights, modes and device.
 
@@ -168,8 +229,12 @@ def predict(
         Which samples, shape [n].
     state : mapping of str to Tensor, optional
         Weights to use instead of the model's own.
-    device, batch_size, channels_last
-        Where it runs, samples in a forward pass, memory layout of image batches.
+    device, channels_last
+        Where it runs, memory layout of image batches.
+    batch_size : int
+        Samples in a forward pass; 0 = as of `forward_batch`.
+    precision : str
+        See `autocast`.
 
     Returns
     -------
@@ -177,10 +242,10 @@ def predict(
         float32 on the CPU, shape [n, C].
     """
     chunks: list[Tensor] = []
-    with borrowed(model, device), torch.inference_mode():
+    with borrowed(model, device), torch.inference_mode(), autocast(precision, device):
         model.eval()
         moved = None if state is None else {name: tensor.to(device) for name, tensor in state.items()}
-        for rows in torch.as_tensor(ids).cpu().long().split(batch_size):
+        for rows in torch.as_tensor(ids).cpu().long().split(batch_size or forward_batch(device)):
             x = data.gather(rows, device=device, channels_last=channels_last).x
             out = model(x) if moved is None else torch.func.functional_call(model, moved, (x,))
             chunks.append(out.logits.float())

@@ -12,18 +12,25 @@ from flwr.app import ConfigRecord, Context, Error, Message
 from flwr.clientapp import ClientApp
 
 from fedkd import flower, plugins
+from fedkd.client.faults import inject
 from fedkd.client.runtime import Runtime, runtime_of
 from fedkd.client.student import Student
 from fedkd.client.trainer import learn
 from fedkd.errors import KnowledgeError
 from fedkd.payloads import CONFIG, Knowledge, Weights
-from fedkd.scenario import Scenario
+from fedkd.scenario import Faults, Scenario, System
 from fedkd.threads import one_thread
 
 REFUSED = 400
 """Code of the Flower error with which a client refuses malformed knowledge."""
 
 PARTITION = "partition-id"
+SAMPLES = "samples"
+"""Key in the reply's record ``config``: training samples that the client has seen, each as often as it was seen."""
+
+UNTRAINED = ("query", "evaluate")
+"""Message types on which nobody is trained."""
+
 Mod = Callable[[Message, Context, Any], Message]
 Work = Callable[[Runtime, Student, Knowledge, ConfigRecord], Knowledge]
 
@@ -37,13 +44,19 @@ def make_app(scenario: Scenario | None = None, mods: Sequence[Mod] = ()) -> Clie
         The resolved scenario. Without one, it is named by the run config of Flower's runtime
         (keys ``scenario`` and ``overrides``), as `flwr run` passes it.
     mods : sequence of Flower mods
-        Wrap every message: faults, attacks, taps.
+        Wrap every message: attacks, taps. Those of the scenario's ``[faults]`` come after them, next to the client.
     """
-    app = ClientApp(mods=list(mods))
+
+    def resolved(context: Context) -> Scenario:
+        return scenario if scenario is not None else flower.scenario_of(context.run_config)
+
+    faulty = scenario is None or scenario.faults != Faults()
+    app = ClientApp(mods=[*mods, inject(resolved)] if faulty else list(mods))
+
+    text = scenario.model_dump_json() if scenario is not None else ""
 
     def runtime(context: Context) -> Runtime:
-        resolved = scenario if scenario is not None else flower.scenario_of(context.run_config)
-        return runtime_of(resolved.model_dump_json())
+        return runtime_of(text or resolved(context).model_dump_json())
 
     def handler(work: Work, *, keeps: bool = True) -> Callable[[Message, Context], Message]:
         def handle(message: Message, context: Context) -> Message:
@@ -62,22 +75,42 @@ def make_app(scenario: Scenario | None = None, mods: Sequence[Mod] = ()) -> Clie
     for action in sorted({name for method in methods for name in method.local.actions}):
         app.train(action)(handler(_action(action)))
         app.query(action)(handler(_action(action)))
+
+    def meets(messages: Sequence[Message]) -> bool:
+        """Whether a cohort's clients are to be trained together (see `fedkd.engine.worker.CohortRunner`)."""
+        first, system = messages[0], scenario.system if scenario is not None else System()
+        return first.metadata.message_type not in UNTRAINED and _trainer(_config(first), system) == "vectorised"
+
+    app.meets = meets  # pyright: ignore[reportAttributeAccessIssue]
     return app
 
 
 def _handle(work: Work, runtime: Runtime, message: Message, context: Context, keeps: bool) -> Message:
-    config = message.content.config_records.get(CONFIG, ConfigRecord())
+    config = _config(message)
     partition_id = int(context.node_config[PARTITION])  # type: ignore[arg-type]
     try:
         knowledge = Knowledge.from_records(message.content)
-        student = runtime.student(partition_id, int(config.get("server-round", 0)), context)  # type: ignore[arg-type]
-        student.knowledge = knowledge
-        reply = work(runtime, student, knowledge, config)
-        if keeps:
-            runtime.keep(student, context)
+        with runtime.student(partition_id, int(config.get("server-round", 0)), context) as student:  # type: ignore[arg-type]
+            student.knowledge = knowledge
+            student.trainer = _trainer(config, runtime.scenario.system)
+            student.max_steps = int(config.get("max-steps", 0))  # type: ignore[arg-type]
+            reply = work(runtime, student, knowledge, config)
+            if keeps:
+                runtime.keep(student, context)
     except KnowledgeError as refusal:
         return Message(Error(REFUSED, f"client {partition_id} refuses: {refusal}"), reply_to=message)
-    return Message(reply.to_records({PARTITION: partition_id, "arch": student.arch}), reply_to=message)
+    said = {PARTITION: partition_id, "arch": student.arch, SAMPLES: student.samples}
+    return Message(reply.to_records(said), reply_to=message)
+
+
+def _config(message: Message) -> ConfigRecord:
+    record = message.content.get(CONFIG)
+    return record if isinstance(record, ConfigRecord) else ConfigRecord()
+
+
+def _trainer(config: ConfigRecord, system: System) -> str:
+    """Return how a client is trained: as its message says, which is how trainers are measured, or the scenario."""
+    return str(config.get("trainer", system.trainer))
 
 
 def _train(runtime: Runtime, student: Student, knowledge: Knowledge, config: ConfigRecord) -> Knowledge:

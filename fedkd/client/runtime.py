@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, Context
-from torch import nn
+from flwr.app import Context
 
 from fedkd import plugins
+from fedkd.arrays import array_record
 from fedkd.client.local import LocalTraining
+from fedkd.client.shared import SharedModel
 from fedkd.client.student import Student
 from fedkd.data.federation import Federation, build_federation
 from fedkd.payloads import State
 from fedkd.scenario import Scenario
-from fedkd.students import build_student, pick_device, travelling
+from fedkd.students import build_student, pick_device, snapshot
 
 MEMORY = "fedkd.memory"
 _MODEL = "model/"
@@ -36,7 +36,7 @@ class Runtime:
         self.method = plugins.make_strategy(scenario)
         self.local: LocalTraining = self.method.local(self.method)
         self.device = pick_device(scenario.system.device)
-        self._models: dict[str, tuple[nn.Module, State]] = {}
+        self._models: dict[str, SharedModel] = {}
 
     def student(self, partition_id: int, round: int, context: Context) -> Student:
         """Return a client's student with its memory, and its model as the client last knew it.
@@ -52,22 +52,21 @@ class Runtime:
         """
         scenario, federation = self.scenario, self.federation
         arch = federation.archs[partition_id]
-        model, initial = self._model(arch)
+        shared = self._model(arch)
         memory = _recall(context)
         own = {k.removeprefix(_MODEL): v for k, v in memory.items() if k.startswith(_MODEL)}
-        model.load_state_dict(initial | own)
         return Student(
             partition_id=partition_id,
             round=round,
             arch=arch,
-            model=model,
+            shared=shared,
+            away={**shared.initial, **own},
             data=federation.train,
             shard=federation.shards[partition_id],
             test=federation.test,
             client=scenario.client,
             seed=scenario.run.seed,
             num_classes=federation.num_classes,
-            buffers=scenario.models.buffers,
             device=self.device,
             augment=scenario.data.augment,
             proxy=federation.proxy if self.local.sees_proxy else None,
@@ -77,32 +76,25 @@ class Runtime:
     def keep(self, student: Student, context: Context) -> None:
         """Write the client's memory back: its own model if the method keeps it, else only what may not travel."""
         memory = dict(student.memory)
-        travels = {} if self.local.keeps_model else travelling(student.model, student.buffers)
-        memory |= {
-            _MODEL + name: tensor.detach().cpu().clone()
-            for name, tensor in student.model.state_dict().items()
-            if name not in travels
-        }
+        travels = {} if self.local.keeps_model else student.shared.travelling
+        memory |= {_MODEL + name: tensor for name, tensor in student.state.items() if name not in travels}
         if memory:
-            context.state[MEMORY] = ArrayRecord(
-                {name: Array(np.ascontiguousarray(tensor.cpu().numpy())) for name, tensor in memory.items()}
-            )
+            context.state[MEMORY] = array_record({name: tensor.numpy() for name, tensor in snapshot(memory).items()})
         elif MEMORY in context.state:
             del context.state[MEMORY]
 
-    def _model(self, arch: str) -> tuple[nn.Module, State]:
+    def _model(self, arch: str) -> SharedModel:
         if arch not in self._models:
             model = build_student(self.scenario, self.federation.dataset, arch).to(self.device)
             if self.scenario.client.channels_last and self.federation.dataset.kind == "image":
                 model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-            initial = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-            self._models[arch] = (model, initial)
+            self._models[arch] = SharedModel(model, self.scenario.models.buffers)
         return self._models[arch]
 
 
 def _recall(context: Context) -> State:
-    record = context.state.array_records.get(MEMORY)
-    return {name: torch.from_numpy(array.numpy()) for name, array in record.items()} if record else {}
+    kept = context.state.array_records.get(MEMORY)
+    return {name: torch.from_numpy(array.numpy()) for name, array in kept.items()} if kept else {}
 
 
 @lru_cache(maxsize=4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,16 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedkd.client.shared import Frozen, SharedModel
 from fedkd.errors import KnowledgeError
 from fedkd.payloads import Knowledge, State, Weights
 from fedkd.seeds import Purpose, rng, torch_rng
-from fedkd.students import predict, snapshot, travelling
+from fedkd.students import predict, snapshot
 
 if TYPE_CHECKING:
     from fedkd.data.batches import ArrayData
     from fedkd.data.partition import Split
     from fedkd.data.proxy import ProxySet
+    from fedkd.models import Outputs
     from fedkd.scenario import Client
+
+Teacher = Callable[[Tensor], "Outputs"]
+"""What gives targets for a batch: a `Frozen` state of the student's own model, or any other frozen module."""
 
 
 @dataclass
@@ -34,8 +39,11 @@ class Student:
         Communication round, from 1; 0 before the first.
     arch : str
         Name of the architecture.
-    model : nn.Module
-        The student's model; shared by the clients of a process, so its state is set for every message.
+    shared : SharedModel
+        The model that the clients of this architecture share in a process.
+    away : dict of str to Tensor, optional
+        The student's state while it is not in the shared model; None while it is. Maybe read-only memory: replaced as
+        a whole, never written to.
     data : ArrayData
         All training data of the federation; the client's own are ``data`` at ``shard.train``.
     shard : Split
@@ -48,48 +56,79 @@ class Student:
         The run's seed.
     num_classes : int
         Classes of the task.
-    buffers : str
-        Norm-buffer policy, ``all`` or ``params_only``.
     device : torch.device
         Where the model is.
     augment : str
         Augmentation of private training images.
     proxy : ProxySet, optional
         The proxy set, if the method lets clients see it.
+    trainer : str
+        ``sequential``, or ``vectorised`` to be trained together with the other clients of a cohort where that is
+        possible.
+    max_steps : int
+        Most optimiser steps of one call of the trainer, for measuring; 0 = as many as the scenario says.
     memory : dict of str to Tensor
         What the client keeps from round to round.
     knowledge : Knowledge
         What the server sent in this message.
     received : dict of str to Tensor, optional
         The weights that were loaded from it.
-    teachers : list of nn.Module
-        Frozen teachers of this round.
+    teachers : list of callable
+        Frozen teachers of this round: from a batch to its outputs.
     tally : dict of str to Tensor
         Sums over the steps of this round, from the method's `observe`.
     metrics : dict of str to float
         Scalars for the log.
+    samples : int
+        Samples in the batches that it was trained on in this message.
     """
 
     partition_id: int
     round: int
     arch: str
-    model: nn.Module
+    shared: SharedModel
+    away: State | None
     data: ArrayData
     shard: Split
     test: ArrayData
     client: Client
     seed: int
     num_classes: int
-    buffers: str
     device: torch.device
     augment: str = "none"
     proxy: ProxySet | None = None
+    trainer: str = "sequential"
+    max_steps: int = 0
     memory: dict[str, Tensor] = field(default_factory=dict)
     knowledge: Knowledge = field(default_factory=Knowledge)
     received: State | None = None
-    teachers: list[nn.Module] = field(default_factory=list)
+    teachers: list[Teacher] = field(default_factory=list)
     tally: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    samples: int = 0
+
+    def __enter__(self) -> Student:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shared.leave(self)
+
+    @property
+    def model(self) -> nn.Module:
+        """The student's model, with its state in it. Other clients use the same one when this message is answered."""
+        return self.shared.enter(self)
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """The student's state as it is now; for reading."""
+        return self.shared.tensors if self.away is None else self.away
+
+    def set_state(self, state: Mapping[str, Tensor]) -> None:
+        """Replace the student's state, or a part of it, by tensors that nobody will change."""
+        if self.away is None:
+            self.shared.fill(state)
+        else:
+            self.away = {**self.away, **state}
 
     @property
     def num_examples(self) -> int:
@@ -118,11 +157,11 @@ class Student:
             The weights are of another architecture, do not fit, or are not finite.
         """
         self._check(weights)
-        self.model.load_state_dict(weights.state, strict=False)
+        self.set_state(weights.state)
         self.received = weights.state
 
-    def teach(self, weights: Weights) -> nn.Module:
-        """Freeze a copy of the model with other weights and add it to the teachers.
+    def teach(self, weights: Weights) -> Frozen:
+        """Freeze other weights and add them to the teachers.
 
         Raises
         ------
@@ -134,15 +173,15 @@ class Student:
         self.teachers.append(teacher)
         return teacher
 
-    def frozen(self, state: State) -> nn.Module:
-        """Return a copy of the model with the given state, in evaluation mode and without gradients."""
-        teacher = copy.deepcopy(self.model)
-        teacher.load_state_dict(state, strict=False)
-        return teacher.eval().requires_grad_(False)
+    def frozen(self, state: Mapping[str, Tensor]) -> Frozen:
+        """Return a teacher with the given state; what is missing in it, buffers at home, is as the student has it."""
+        rest = {name: tensor.clone() for name, tensor in self.state.items() if name not in state}
+        return Frozen(self.shared, {**rest, **state})
 
     def weights(self) -> Weights:
         """Return the student's weights as they travel."""
-        return Weights(snapshot(travelling(self.model, self.buffers)), self.arch)
+        state = self.state
+        return Weights(snapshot({name: state[name] for name in self.shared.travelling}), self.arch)
 
     def predict(self, data: ArrayData, ids: Tensor | np.ndarray) -> Tensor:
         """Return logits in evaluation mode.
@@ -166,4 +205,4 @@ class Student:
     def _check(self, weights: Weights) -> None:
         if weights.arch != self.arch:
             raise KnowledgeError(f"weights of {weights.arch} for a {self.arch}")
-        weights.check(travelling(self.model, self.buffers))
+        weights.check(self.shared.travelling)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedkd import losses, plugins
 from fedkd.errors import ScenarioError
 from fedkd.payloads import State
 
 if TYPE_CHECKING:
-    from fedkd.client.student import Student
+    from fedkd.client.student import Student, Teacher
     from fedkd.data.batches import Batch
     from fedkd.models import Outputs
     from fedkd.scenario import Term
@@ -66,7 +66,7 @@ def check_teacher(teacher: str, *, shares_weights: bool) -> None:
         )
 
 
-@dataclass
+@dataclass(frozen=True)
 class ActiveTerm:
     """A term with its teacher, ready for a round."""
 
@@ -75,29 +75,29 @@ class ActiveTerm:
     weight: float
     temperature: float
     options: dict[str, Any]
-    teacher: nn.Module
-    decay: float | None = None
+    teacher: Teacher
+    decay: float | None = None  # of a `Frozen` that is a moving average of the student; None: it stands still
 
-    def __call__(self, out: Outputs, batch: Batch) -> Tensor:
-        """Return the weighted term, a scalar."""
-        with torch.no_grad():
-            target = self.teacher(batch.x)
+    def __call__(self, out: Outputs, target: Outputs, batch: Batch) -> Tensor:
+        """Return the weighted term, a scalar, for the outputs of student and teacher."""
         return self.weight * self.loss(out, target, batch, temperature=self.temperature, **self.options)
 
-    def after_step(self, model: nn.Module) -> None:
-        """Move an exponential moving average towards the student."""
-        if self.decay is None:
-            return
-        with torch.no_grad():
-            for own, new in zip(self.teacher.state_dict().values(), model.state_dict().values(), strict=True):
-                if own.is_floating_point():
-                    own.lerp_(new, 1 - self.decay)
-                else:
-                    own.copy_(new)
+
+def follow(average: Mapping[str, Tensor], state: Mapping[str, Tensor], decay: float) -> None:
+    """Move an exponential moving average of a student towards its state, in place."""
+    with torch.no_grad():
+        for name, own in average.items():
+            if own.is_floating_point():
+                own.lerp_(state[name], 1 - decay)
+            else:
+                own.copy_(state[name])
 
 
 def activate(terms: Sequence[Term], student: Student) -> list[ActiveTerm]:
-    """Give every term its teacher for this round; terms without one yet (``own`` in a first round) are left out."""
+    """Give every term its teacher for this round; terms without one yet (``own`` in a first round) are left out.
+
+    Terms of the same setting share one teacher.
+    """
     active = []
     teachers = {setting: _teacher(setting, student) for setting in dict.fromkeys(t.teacher for t in terms)}
     for index, term in enumerate(terms):
@@ -124,7 +124,7 @@ def remember(terms: Sequence[Term], student: Student) -> None:
         student.memory |= {f"own/{k}": v for k, v in student.weights().state.items()}
 
 
-def _teacher(setting: str, student: Student) -> tuple[nn.Module | None, float | None]:
+def _teacher(setting: str, student: Student) -> tuple[Teacher | None, float | None]:
     name, _, value = setting.partition(":")
     if setting == "global":
         return (student.frozen(student.received), None) if student.received is not None else (None, None)
@@ -132,7 +132,8 @@ def _teacher(setting: str, student: Student) -> tuple[nn.Module | None, float | 
         own = {k.removeprefix("own/"): v for k, v in student.memory.items() if k.startswith("own/")}
         return (student.frozen(own), None) if own else (None, None)
     if name == "ema":
-        return student.frozen(student.weights().state), float(value)
+        # A copy of everything, since it is changed in place.
+        return student.frozen({k: v.to(student.device, copy=True) for k, v in student.state.items()}), float(value)
     if name == "last":
         return student.frozen(_mean_of_last(int(value), student)), None
     return plugins.load_object(setting, key="client.terms")(student), None

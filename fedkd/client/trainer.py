@@ -1,62 +1,26 @@
-"""How a step is run: the loops that train a student on its shard and on targets for the proxy set."""
+"""How a student is trained on its shard and on targets for the proxy set: by itself, or together with a cohort."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedkd.client import terms
+from fedkd import meeting
+from fedkd.client import sequential, terms, vectorised
 from fedkd.client.local import Aux, LocalTraining
 from fedkd.client.student import Student
-from fedkd.data.batches import epoch_order, step_order
-from fedkd.seeds import Purpose, torch_seed
-from fedkd.students import has_batch_norm
+from fedkd.client.task import Task, learning_rate
+from fedkd.data.batches import Batch, epoch_order, step_order
+from fedkd.seeds import Purpose
 
 if TYPE_CHECKING:
-    from fedkd.scenario import Client
+    from fedkd.models import Outputs
 
-
-def learning_rate(client: Client, round: int, step: int, steps: int) -> float:
-    """Learning rate of a step, from the schedules across and within rounds.
-
-    Parameters
-    ----------
-    client : Client
-        Learning rate of round 1, factor per round, schedule within a round.
-    round, step, steps : int
-        Round from 1, step from 0, steps in the round.
-
-    Examples
-    --------
-    >>> from fedkd.scenario import Client
-    >>> learning_rate(Client(lr=0.1, lr_decay=0.5, schedule="linear"), round=2, step=5, steps=10)
-    0.025
-    """
-    rate = client.lr * client.lr_decay ** (max(round, 1) - 1)
-    if client.schedule == "cosine":
-        return rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-    if client.schedule == "linear":
-        return rate * (1 - step / steps)
-    return rate
-
-
-def make_optimizer(client: Client, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Return a fresh optimiser as the scenario's client section says."""
-    if client.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=client.weight_decay)
-    return torch.optim.SGD(
-        model.parameters(),
-        lr=lr,
-        momentum=client.momentum,
-        nesterov=client.nesterov,
-        weight_decay=client.weight_decay,
-    )
+__all__ = ["Fit", "digest", "learn", "learning_rate"]
 
 
 def learn(student: Student, local: LocalTraining, aux: Aux) -> None:
@@ -65,9 +29,9 @@ def learn(student: Student, local: LocalTraining, aux: Aux) -> None:
     Sets ``student.tally`` from the method's `observe`, and ``student.metrics`` to the mean of the loss and of each
     of its terms over the steps.
     """
-    client, model = student.client, student.model
+    client = student.client
     rng = student.rng(Purpose.BATCHES)
-    drop = has_batch_norm(model)
+    drop = student.shared.batch_norm
     ids = np.asarray(student.shard.train)
     if client.steps:
         batches = step_order(ids, client.batch_size, client.steps, rng, drop_single=drop)
@@ -75,37 +39,22 @@ def learn(student: Student, local: LocalTraining, aux: Aux) -> None:
         batches = [
             batch for _ in range(client.epochs) for batch in epoch_order(ids, client.batch_size, rng, drop_single=drop)
         ]
-    optimizer = make_optimizer(client, model, client.lr)
-    extra = terms.activate(client.terms, student)
-    augmentation = student.torch_rng(Purpose.AUGMENTATION)
-    model.train()
-    student.tally = {}
-    with torch.random.fork_rng(devices=_cuda(student.device)):
-        torch.manual_seed(torch_seed(student.seed, Purpose.DROPOUT, student.round, student.partition_id))
-
-        def losses_of(batch_ids: np.ndarray) -> dict[str, Tensor]:
-            batch = student.data.gather(
-                batch_ids,
-                device=student.device,
-                channels_last=student.channels_last,
-                augment=student.augment,
-                generator=augmentation,
-            )
-            with _precision(client.precision, student.device):
-                with torch.no_grad():
-                    taught = tuple(teacher(batch.x) for teacher in student.teachers)
-                out = model(batch.x)
-                named = local.loss(dict(model.named_parameters()), batch, out, taught, aux)
-                named |= {term.name: term(out, batch) for term in extra}
-            with torch.no_grad():
-                student.tally = local.observe(student.tally, batch, out)
-            return named
-
-        def after_step() -> None:
-            for term in {id(term.teacher): term for term in extra}.values():  # terms may share a teacher
-                term.after_step(model)
-
-        student.metrics |= _descend(student, optimizer, batches, losses_of, after_step)
+    observes = type(local).observe is not LocalTraining.observe
+    task = Task(
+        student=student,
+        data=student.data,
+        batches=batches,
+        loss=local.loss,
+        observe=local.observe if observes else None,
+        aux=aux,
+        teachers=student.teachers,
+        terms=terms.activate(client.terms, student),
+        augment=student.augment,
+        purpose=Purpose.DROPOUT,
+    )
+    descend(task)
+    student.tally = task.tally
+    student.metrics |= task.means or {"loss": 0.0}
     terms.remember(client.terms, student)
 
 
@@ -130,7 +79,8 @@ def digest(
     targets : Tensor
         Targets for these samples, shape [n, C].
     loss : callable
-        ``loss(logits [B, C], target [B, C])``, a scalar.
+        ``loss(logits [B, C], target [B, C])``, a scalar. Clients whose loss is the same function can be trained
+        together.
     epochs, batch_size : int
         Passes over the samples, and samples a step.
     name : str
@@ -138,56 +88,41 @@ def digest(
     """
     if student.proxy is None:
         raise ValueError("this client may not see the proxy set: set `sees_proxy` on its LocalTraining")
-    client, model, proxy = student.client, student.model, student.proxy.data
     rng = student.rng(Purpose.DIGEST)
     rows = np.arange(len(ids))
-    drop = has_batch_norm(model)
-    batches = [b for _ in range(epochs) for b in epoch_order(rows, batch_size, rng, drop_single=drop)]
-    optimizer = make_optimizer(client, model, client.lr)
-    targets = targets.to(student.device)
-    model.train()
-
-    def losses_of(batch_rows: np.ndarray) -> dict[str, Tensor]:
-        at = torch.from_numpy(batch_rows)
-        batch = proxy.gather(ids[at].numpy(), device=student.device, channels_last=student.channels_last)
-        with _precision(client.precision, student.device):
-            return {name: loss(model(batch.x).logits, targets[at.to(targets.device)])}
-
-    with torch.random.fork_rng(devices=_cuda(student.device)):
-        torch.manual_seed(torch_seed(student.seed, Purpose.DIGEST, student.round, student.partition_id))
-        student.metrics |= {name: _descend(student, optimizer, batches, losses_of).get(name, 0.0)}
+    drop = student.shared.batch_norm
+    task = Task(
+        student=student,
+        data=student.proxy.data,
+        batches=[b for _ in range(epochs) for b in epoch_order(rows, batch_size, rng, drop_single=drop)],
+        loss=Fit(loss, name),
+        aux={"targets": targets.to(student.device)},
+        ids=ids.cpu().numpy(),
+        purpose=Purpose.DIGEST,
+    )
+    descend(task)
+    student.metrics |= {name: task.means.get(name, 0.0)}
 
 
-def _descend(
-    student: Student,
-    optimizer: torch.optim.Optimizer,
-    batches: list[np.ndarray],
-    losses_of: Callable[[np.ndarray], dict[str, Tensor]],
-    after_step: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Take one optimiser step a batch; return the mean of every loss term, read from the device once at the end."""
-    totals: dict[str, Tensor] = {}
-    for step, ids in enumerate(batches):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(student.client, student.round, step, len(batches))
-        named = losses_of(ids)
-        loss = torch.stack(list(named.values())).sum() if len(named) > 1 else next(iter(named.values()))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if student.client.clip:
-            nn.utils.clip_grad_norm_(student.model.parameters(), student.client.clip)
-        optimizer.step()
-        after_step()
-        for key, value in {**named, "loss": loss}.items():
-            totals[key] = totals.get(key, 0) + value.detach()
-    return {key: float(total) / len(batches) for key, total in totals.items()} or {"loss": 0.0}
+@dataclass(frozen=True)
+class Fit:
+    """Loss of a digest: the distance of the logits from the targets of the batch's rows."""
+
+    distance: Callable[[Tensor, Tensor], Tensor]
+    name: str
+
+    def __call__(
+        self, params: Mapping[str, Tensor], batch: Batch, out: Outputs, teachers: tuple[Outputs, ...], aux: Aux
+    ) -> dict[str, Tensor]:
+        """Return the one term."""
+        return {self.name: self.distance(out.logits, aux["targets"][batch.ids])}
 
 
-def _precision(precision: str, device: torch.device):
-    if precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
-
-
-def _cuda(device: torch.device) -> list[torch.device]:
-    return [device] if device.type == "cuda" else []
+def descend(task: Task) -> None:
+    """Take one optimiser step a batch; fills the task's tally and means, and leaves the student trained."""
+    task.student.samples += sum(map(len, task.batches))
+    seat = meeting.current()
+    if seat is not None and task.student.trainer == "vectorised":
+        seat.join(task, vectorised.train)
+    else:
+        sequential.train(task)

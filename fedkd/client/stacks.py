@@ -1,0 +1,112 @@
+"""Tensors of several clients as one: the first dimension is the client."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+class CannotVectorise(Exception):
+    """Clients cannot be computed together; says why."""
+
+
+class Places:
+    """Where some clients are in a stack.
+
+    Parameters
+    ----------
+    clients : sequence of int
+        Their positions, ascending.
+    device : torch.device
+        Where the stacks are.
+    """
+
+    def __init__(self, clients: Sequence[int], device: torch.device) -> None:
+        self.clients, self.device = clients, device
+        neighbours = clients[-1] - clients[0] == len(clients) - 1
+        self._index = slice(clients[0], clients[-1] + 1) if neighbours else self._here(torch.tensor(clients))
+
+    def take(self, stack: Tensor) -> Tensor:
+        """Return the clients' entries: a view where they are neighbours, else a copy."""
+        return stack[self._index]
+
+    def put(self, stack: Tensor, entries: Tensor) -> None:
+        """Put entries back that `take` gave and that were changed in place."""
+        if not isinstance(self._index, slice):
+            stack[self._index] = entries
+
+    def numbers(self, values: Sequence[float]) -> float | Tensor:
+        """Return one number for each of the clients, on their device; a plain one where it is the same for all."""
+        if len(set(values)) == 1:
+            return values[0]
+        return self._here(torch.tensor(values, dtype=torch.float32))
+
+    def _here(self, values: Tensor) -> Tensor:
+        return values.to(self.device, non_blocking=True)
+
+
+def times(entries: Tensor, numbers: float | Tensor) -> Tensor:
+    """Multiply each client's entries [k, ...] by its number [k], or by one number for all."""
+    return entries * (numbers.view(-1, *[1] * (entries.dim() - 1)) if isinstance(numbers, Tensor) else numbers)
+
+
+class Stack:
+    """Trees of tensors, one for each client, as one: leaves that all clients share are kept once, others stacked.
+
+    Parameters
+    ----------
+    trees : sequence
+        Nested dicts, lists and tuples of tensors; of other values only what is the same for all.
+    what : str
+        What it is, for whoever reads why it cannot be stacked.
+    device : torch.device
+        Where the leaves are wanted.
+    share : bool
+        Whether leaves may be shared; those that will be changed may not.
+    """
+
+    def __init__(self, trees: Sequence[Any], what: str, device: torch.device, *, share: bool = True) -> None:
+        flat, specs = zip(*(pytree.tree_flatten(tree) for tree in trees))
+        if any(spec != specs[0] for spec in specs):
+            raise CannotVectorise(f"{what} differs in structure from client to client")
+        leaves, dims = [], []
+        for values in zip(*flat):
+            if not isinstance(values[0], Tensor):
+                if not all(type(value) is type(values[0]) and np.array_equal(value, values[0]) for value in values):
+                    raise CannotVectorise(f"{what} holds values that are no tensors and differ from client to client")
+                leaves.append(values[0])
+                dims.append(None)
+                continue
+            if any(not isinstance(value, Tensor) or value.shape != values[0].shape for value in values):
+                raise CannotVectorise(f"{what} holds tensors whose shapes differ from client to client")
+            one = values[0].detach().to(device) if _equal(values, compare=share) else None
+            if one is None:
+                leaves.append(torch.stack([value.detach().to(device) for value in values]))
+            else:
+                leaves.append(one if share else one.expand(len(values), *one.shape).clone())
+            dims.append(None if share and one is not None else 0)
+        self._dims, self._spec = dims, specs[0]
+        self.tree = pytree.tree_unflatten(leaves, self._spec)
+        self.dims = pytree.tree_unflatten(dims, self._spec)
+        self.shared = 0 not in dims
+
+    def take(self, places: Places) -> Any:
+        """Return the tree of some clients."""
+        leaves = zip(pytree.tree_leaves(self.tree), self._dims)
+        return pytree.tree_unflatten([leaf if dim is None else places.take(leaf) for leaf, dim in leaves], self._spec)
+
+
+def _equal(tensors: Sequence[Tensor], *, compare: bool) -> bool:
+    """Whether tensors of one shape hold the same numbers: the same memory or, with `compare`, the same content."""
+    first = tensors[0]
+    return all(
+        tensor is first
+        or (tensor.data_ptr() == first.data_ptr() and tensor.stride() == first.stride() and tensor.dtype == first.dtype)
+        or (compare and tensor.device == first.device and torch.equal(tensor, first))
+        for tensor in tensors
+    )

@@ -1,0 +1,155 @@
+"""Meetings: calls that take turns, and do together what each of them would otherwise do alone.
+
+Flower's mods wrap one message, so every message of a cohort passes the ClientApp by itself. What can be computed for
+all of them at once is computed where they meet: each call runs in a thread of its own, but only one at a time, until it
+joins with a job or ends. When nobody is left on the way, the jobs are done together, and the calls go on in order.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar, copy_context
+from queue import SimpleQueue
+from typing import Any
+
+Work = Callable[[list[Any]], Sequence[Any]]
+"""Jobs → as many results; one that is an exception is raised where its job was handed in."""
+
+
+class Dismissed(BaseException):
+    """The meeting is over: raised in calls that still wait, so that they clean up and end."""
+
+
+class Seat:
+    """One call of a meeting.
+
+    Parameters
+    ----------
+    call : callable
+        What runs in this seat's thread.
+    """
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self.job: tuple[Work, Any] | None = None  # while the call waits
+        self.outcome: Any = None  # of the job; at the end, of the call
+        self._call, self._dismissed = call, False
+        self._turn, self._pause = SimpleQueue[None](), SimpleQueue[None]()
+        self._thread = threading.Thread(target=copy_context().run, args=(self._run,), name="fedkd-seat", daemon=True)
+
+    def join(self, job: Any, work: Work) -> Any:
+        """Hand in a job, and wait until it has been worked off together with those of the others.
+
+        Parameters
+        ----------
+        job : object
+            What there is to do for this call.
+        work : callable
+            Does several jobs; jobs that come with an equal `work` are done together, in the order of the calls.
+
+        Returns
+        -------
+        object
+            What `work` returned for this job, or raises what it raised.
+        """
+        if not self._dismissed:
+            self.job = work, job
+            self._pause.put(None)
+            self._turn.get()
+            self.job = None
+        if self._dismissed:
+            raise Dismissed
+        if isinstance(self.outcome, BaseException):
+            raise self.outcome
+        return self.outcome
+
+    def advance(self) -> None:
+        """Let the call run until it joins or ends."""
+        if self._thread.ident is None:
+            self._thread.start()
+        self._turn.put(None)
+        self._pause.get()
+
+    def dismiss(self) -> None:
+        """End the call, wherever it is, and wait until it has ended."""
+        self._dismissed = True
+        if self._thread.ident is not None:
+            self._turn.put(None)
+            self._thread.join()
+
+    def _run(self) -> None:
+        _seat.set(self)
+        self._turn.get()
+        try:
+            self.outcome = self._call()
+        except BaseException as error:
+            self.outcome = error
+        self._pause.put(None)
+
+
+_seat: ContextVar[Seat | None] = ContextVar("fedkd-seat", default=None)
+
+
+def current() -> Seat | None:
+    """Return the seat of the call that is running here, or None outside of a meeting."""
+    return _seat.get()
+
+
+def meet(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Run calls that may meet.
+
+    Parameters
+    ----------
+    calls : sequence of callable
+        Run in this order, one at a time; work on jobs is done in the caller's thread.
+
+    Returns
+    -------
+    list
+        What each call returned or, in its place, the exception that it raised.
+
+    Raises
+    ------
+    BaseException
+        Whatever a call or `work` raised that is no `Exception`; all other calls are ended first.
+
+    Examples
+    --------
+    >>> def add_all(numbers):
+    ...     return [sum(numbers)] * len(numbers)
+    >>> def call(number):
+    ...     return f"{number} of {current().join(number, add_all)}"
+    >>> meet([lambda: call(1), lambda: call(2), lambda: "late"])
+    ['1 of 3', '2 of 3', 'late']
+    """
+    seats = [Seat(call) for call in calls]
+    try:
+        running = seats
+        while running:
+            for seat in running:
+                seat.advance()
+                ended, error = seat.job is None, seat.outcome
+                if ended and isinstance(error, BaseException) and not isinstance(error, Exception):
+                    raise error
+            running = [seat for seat in running if seat.job is not None]
+            _work(running)
+    finally:
+        for seat in seats:
+            seat.dismiss()
+    return [seat.outcome for seat in seats]
+
+
+def _work(seats: list[Seat]) -> None:
+    together: dict[Work, list[Seat]] = {}
+    for seat in seats:
+        assert seat.job is not None
+        together.setdefault(seat.job[0], []).append(seat)
+    for work, members in together.items():
+        try:
+            outcomes = list(work([seat.job[1] for seat in members if seat.job is not None]))
+            if len(outcomes) != len(members):
+                raise RuntimeError(f"{len(outcomes)} results for {len(members)} jobs")
+        except Exception as error:
+            outcomes = [error] * len(members)
+        for seat, outcome in zip(members, outcomes):
+            seat.outcome = outcome

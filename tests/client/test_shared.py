@@ -1,0 +1,117 @@
+"""One model for all clients of a process: everybody finds their own weights in it."""
+
+import pytest
+import torch
+from flwr.app import Context, RecordDict
+
+from fedkd.client import trainer
+from fedkd.client.runtime import Runtime
+from fedkd.payloads import Weights
+
+
+def students(scenario, count=2):
+    runtime = Runtime(scenario)
+    return runtime, [runtime.student(p, 1, Context(0, 0, {}, RecordDict(), {})) for p in range(count)]
+
+
+def filled(student, value):
+    return Weights({n: torch.full_like(t, value) for n, t in student.weights().state.items()}, student.arch)
+
+
+def values(state):
+    return {float(value) for tensor in state.values() for value in tensor.flatten()}
+
+
+def test_students_take_turns_in_one_model(small):
+    _, (one, two) = students(small("fedavg"))
+    one.load(filled(one, 1.0))
+    two.load(filled(two, 2.0))
+    assert one.model is two.model
+    with torch.no_grad():
+        for parameter in one.model.parameters():
+            parameter += 10
+    assert values(two.model.state_dict()) == {2.0}
+    assert values(one.weights().state) == values(one.state) == {11.0}
+    assert values(one.model.state_dict()) == {11.0}
+    assert values(two.weights().state) == {2.0}
+
+
+def test_received_weights_are_not_copied_before_they_are_needed(small):
+    _, (one, two) = students(small("fedavg"))
+    sent = filled(one, 3.0)
+    one.load(sent)
+    assert all(one.state[name] is tensor for name, tensor in sent.state.items())
+    one.model.train()
+    two.model.train()
+    assert all(one.state[name] is not tensor for name, tensor in sent.state.items())
+    assert values(sent.state) == {3.0}
+
+
+def test_weights_are_copies(small):
+    _, (one, _) = students(small("fedavg"))
+    sent = filled(one, 1.0)
+    one.load(sent)
+    for tensor in one.weights().state.values():
+        tensor += 1
+    assert values(one.state) == values(sent.state) == {1.0}
+
+
+def test_loading_into_the_model_at_work_is_seen_by_who_holds_it(small):
+    _, (one, _) = students(small("fedavg"))
+    model = one.model
+    one.load(filled(one, 5.0))
+    assert values(model.state_dict()) == {5.0}
+
+
+@pytest.mark.parametrize("client", [{"momentum": 0.9}, {"optimizer": "adam", "lr": 0.01}], ids=["momentum", "adam"])
+def test_nothing_of_a_client_stays_in_the_optimiser(small, client):
+    scenario = small("fedavg", client=client)
+    runtime, (one, two) = students(scenario)
+    for student in (one, two):
+        with student:
+            trainer.learn(student, runtime.local, {})
+            after_another = student.weights().state
+    fresh, (_, alone) = students(scenario)
+    trainer.learn(alone, fresh.local, {})
+    for name, tensor in alone.weights().state.items():
+        assert torch.equal(tensor, after_another[name])
+    assert not runtime._model("mlp")._optimizer.state
+    assert all(parameter.grad is None for parameter in runtime._model("mlp").module.parameters())
+
+
+def test_whoever_learns_twice_in_a_message_begins_anew(small):
+    scenario = small("fedavg", client={"momentum": 0.9})
+    runtime, (one, _) = students(scenario)
+    trainer.learn(one, runtime.local, {})
+    halfway = one.weights()
+    trainer.learn(one, runtime.local, {})
+    fresh, (two, _) = students(scenario)
+    two.load(halfway)
+    trainer.learn(two, fresh.local, {})
+    for name, tensor in one.weights().state.items():
+        assert torch.equal(tensor, two.weights().state[name])
+
+
+def test_a_teacher_stands_still_while_students_come_and_go(small):
+    _, (one, two) = students(small("fedavg"))
+    x = one.data.gather(one.shard.train[:4]).x
+    with torch.no_grad():
+        teacher = one.frozen(one.weights().state)
+        before = teacher(x).logits.clone()
+        one.load(filled(one, 1.0))
+        assert one.model(x).logits.ne(before).any()
+        assert two.model(x).logits.equal(before)
+    assert torch.equal(teacher(x).logits, before) and not teacher(x).logits.requires_grad
+
+
+def test_a_teacher_has_the_buffers_that_its_student_had(small):
+    images = {"classes": 4, "train": 200, "test": 40, "shape": [8, 8]}
+    scenario = small("fedavg", models={"student": "cnn", "norm": "batch", "buffers": "params_only", "options": {}},
+                     data__options=images)  # fmt: skip
+    runtime, (one, _) = students(scenario)
+    teacher = one.teach(one.weights())
+    x = one.data.gather(one.shard.train[:8]).x
+    before = teacher(x).logits
+    trainer.learn(one, runtime.local, {})
+    assert torch.equal(teacher(x).logits, before)
+    assert "body.stages.0.1.running_mean" in teacher.state
