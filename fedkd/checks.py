@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fedkd import losses, models, plugins
@@ -13,8 +14,10 @@ from fedkd.client.terms import check_teacher
 from fedkd.data import sources
 from fedkd.data.local import find_file
 from fedkd.data.partition import check as check_partition
+from fedkd.engine.clock import Listed, Trace
 from fedkd.errors import DataError, ScenarioError, raise_all
-from fedkd.scenario import Scenario
+from fedkd.scenario import Clock, Scenario
+from fedkd.server.clock import make_availability, make_devices
 from fedkd.students import build_student
 from fedkd.wording import did_you_mean
 
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from fedkd.data.federation import Federation
 
 _BUILT: set[tuple[str, str, str]] = set()  # models that have been built once in this process, to check them
+
+EVERYBODY = 10_000  # clients that an evaluation may ask
 
 
 def check(scenario: Scenario) -> None:
@@ -44,6 +49,9 @@ def check(scenario: Scenario) -> None:
         _buffers,
         _device,
         _participation,
+        _clock,
+        _faults,
+        _everybody,
     ]
     errors: dict[tuple[str, str], ScenarioError] = {}
     for one in checks:
@@ -88,7 +96,7 @@ def check_data(scenario: Scenario, federation: Federation) -> None:
             errors.append(error)
     raise_all(errors)
     # Only when a model is built is it known that its options, sizes and pretrained weights fit.
-    for arch in sorted({*federation.archs, scenario.models.server} - {""}):
+    for arch in sorted({*federation.archs.names, scenario.models.server} - {""}):
         case = (arch, scenario.models.model_dump_json(), federation.dataset.identity)
         if case not in _BUILT:
             build_student(scenario, federation.dataset, arch)
@@ -120,11 +128,7 @@ def _source(source: str, key: str, folder: str, more: tuple[str, ...] = ()) -> N
     if (":" in patterns[kind]) != bool(name):
         raise ScenarioError(f"{source!r} should read {patterns[kind]!r}", key=key, hint="see fedkd list datasets")
     if kind == "npz":
-        try:
-            find_file(name, folder)
-        except DataError as error:
-            problem, *rest = str(error).splitlines()
-            raise ScenarioError(problem, key=key, hint="\n  ".join(line.strip() for line in rest)) from None
+        _read(lambda: find_file(name, folder), key)
 
 
 def _local_splits(scenario: Scenario) -> None:
@@ -224,3 +228,59 @@ def _participation(scenario: Scenario) -> None:
     if scenario.system.min_replies > selected:
         problem = f"must be at most {selected}, the clients of a round, is {scenario.system.min_replies}"
         raise ScenarioError(problem, key="system.min_replies", hint="raise run.participation, or lower it")
+
+
+def _everybody(scenario: Scenario) -> None:
+    """Refuse evaluations that would cost more than the training of a population which is mostly at rest."""
+    if scenario.partition.clients <= EVERYBODY:
+        return
+    if scenario.run.evaluate_clients == "all":
+        problem = f"evaluates {scenario.partition.clients:,} clients, more than {EVERYBODY:,}"
+        raise ScenarioError(problem, key="run.evaluate_clients", hint='use "selected"')
+    name = scenario.strategy.name
+    if not plugins.strategy_class(name).shares_weights:
+        problem = f"{name} has no global model: all {scenario.partition.clients:,} clients would evaluate their own"
+        raise ScenarioError(problem, key="partition.clients", hint=f"use at most {EVERYBODY:,} clients")
+
+
+def _clock(scenario: Scenario) -> None:
+    spec, clients = scenario.clock, scenario.partition.clients
+    if spec.profile == "none":
+        changed = [name for name, value in Clock() if getattr(spec, name) != value]
+        if changed:
+            hint = 'set clock.profile to "uniform", "lognormal" or "file:PATH", or leave it out'
+            raise ScenarioError("has no effect without a clock", key=f"clock.{changed[0]}", hint=hint)
+        return
+    _one_of(spec.profile, "clock.profile", ("none", "uniform", "lognormal", "file:PATH"))
+    _one_of(spec.availability, "clock.availability", ("always", "bernoulli", "diurnal", "trace:PATH"))
+    devices = _read(partial(make_devices, scenario), "clock.profile")
+    if isinstance(devices, Listed) and len(devices.table) < clients:
+        problem = f"{spec.profile} has {len(devices.table)} rows for {clients} clients"
+        raise ScenarioError(problem, key="clock.profile", hint="one row for each client, in the order of their ids")
+    availability = _read(partial(make_availability, scenario), "clock.availability")
+    if isinstance(availability, Trace) and availability.clients.min() >= clients:
+        problem = f"{spec.availability} has no client of the federation, whose ids are 0 to {clients - 1}"
+        raise ScenarioError(problem, key="clock.availability", hint="the column client holds partition ids, from 0")
+
+
+def _one_of(value: str, key: str, known: tuple[str, ...]) -> None:
+    """Refuse a value that is none of the known ones, of which some end in a path."""
+    kind, _, path = value.partition(":")
+    if not any(kind == name.partition(":")[0] and (":" in name) == bool(path) for name in known):
+        problem = f"must be one of {', '.join(known)}, is {value!r}"
+        raise ScenarioError(problem, key=key, hint=did_you_mean(kind, known, ""))
+
+
+def _read(read: Callable[[], Any], key: str) -> Any:
+    """Return what `read` does; an error in data becomes one of the setting `key`."""
+    try:
+        return read()
+    except DataError as error:
+        problem, *rest = str(error).splitlines()
+        raise ScenarioError(problem, key=key, hint="\n  ".join(line.strip() for line in rest)) from None
+
+
+def _faults(scenario: Scenario) -> None:
+    if scenario.faults.straggle and scenario.clock.profile == "none":
+        hint = 'add [clock] profile = "uniform", say'
+        raise ScenarioError("stragglers take simulated time, and there is no clock", key="faults.straggle", hint=hint)

@@ -50,6 +50,9 @@ CacheOption = Annotated[
     Path | None,
     typer.Option("--cache", metavar="FOLDER", help="Where decoded data are kept; also $FEDKD_CACHE."),
 ]
+AddressOption = Annotated[str | None, typer.Option(help="Ray cluster to join: auto, or HOST:PORT.")]
+EngineOption = Annotated[str | None, typer.Option(help="ray, or inline: everything in this process.")]
+WorkersOption = Annotated[int | None, typer.Option(help="Worker processes; 0 = one per core.")]
 OutOption = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where results go.")]
 
 
@@ -121,9 +124,9 @@ def run(
     set_: SetOption = None,
     out: OutOption = Path("runs"),
     cache: CacheOption = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster to join: auto, or HOST:PORT.")] = None,
-    engine: Annotated[str | None, typer.Option(help="ray, or inline: everything in this process.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Worker processes; 0 = one per core.")] = None,
+    address: AddressOption = None,
+    engine: EngineOption = None,
+    workers: WorkersOption = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run again what is already finished.")] = False,
 ) -> None:
     """Run a scenario; where it has a sweep, all of its cells that are not finished."""
@@ -155,6 +158,35 @@ def resume(
     with _resumable(), Screen(console) as screen:
         result = runs.resume(folder, listener=screen)
     screen.conclude([(None, result)], folder)
+
+
+@app.command()
+def simulate(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where the app's pyproject.toml is.")] = Path("."),
+    clients: Annotated[int, typer.Option(min=1, help="Nodes of the federation.")] = 10,
+    run_config: Annotated[
+        str, typer.Option("--run-config", "-c", metavar="'KEY=VALUE …'", help="Settings of the app, as in flwr run.")
+    ] = "",
+    address: AddressOption = None,
+    engine: EngineOption = None,
+    workers: WorkersOption = None,
+) -> None:
+    """Run any Flower app on this engine: `flwr run` without a SuperLink."""
+    engines = ("ray", "inline")
+    if engine not in (None, *engines):
+        raise ScenarioError(f"there is no engine {engine!r}", key="--engine", hint=did_you_mean(engine, engines))
+    from fedkd.engine import simulation
+
+    server_app, client_app, config = simulation.load_app(folder, run_config)
+    simulation.simulate(
+        server_app,
+        client_app,
+        clients,
+        run_config=config,
+        engine="inline" if engine == "inline" else "ray",
+        workers=workers or 0,
+        address=address or "",
+    )
 
 
 @app.command()

@@ -48,6 +48,10 @@ class KnowledgeError(FedKDError):
     """Knowledge that is refused: not finite, wrong shape, wrong keys, wrong classes, wrong ids."""
 
 
+class LateError(KnowledgeError):
+    """Knowledge that did not arrive while the server waited for it, in simulated time."""
+
+
 class RunError(FedKDError):
     """A run failed; what it had finished stays on disk and can be resumed."""
 

@@ -156,14 +156,91 @@ class System(Section):
     """What computes the federation."""
 
     engine: Literal["ray", "inline"] = Field(default="ray", description="Ray workers, or this process.")
-    workers: int = Field(default=0, ge=0, description="Worker processes; 0 = one per core (or four per GPU).")
+    workers: int = Field(
+        default=0, ge=0, description="Worker processes; 0 = one per CPU, or as many as fit on the GPUs."
+    )
     device: str = Field(default="auto", description="auto | cpu | cuda | cuda:N.")
-    gpu_fraction: float = Field(default=0.0, ge=0, le=1, description="GPU share of one worker; 0 = GPUs / workers.")
+    gpu_fraction: float = Field(
+        default=0.0, ge=0, le=1, description="GPU share of one worker; 0 = measured and chosen."
+    )
     server_threads: int = Field(
         default=0, ge=0, description="Torch threads of the server; 0 = all cores. Results depend on it."
     )
+    server_precision: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="Arithmetic of forward passes in the server's distillation: students, and members' outputs on the "
+        "proxy set. Losses, optimisers and what is measured stay float32.",
+    )
+    trainer: Literal["auto", "sequential", "vectorised"] = Field(
+        default="auto",
+        description="How a cohort is trained: one client after another, or as one batched computation. auto measures "
+        "both before round 1 and keeps the faster; the run records it, because bits depend on it.",
+    )
+    cohort: int = Field(
+        default=0,
+        ge=0,
+        description="Most clients that a worker gets at once; 0 = a sixteenth of the selection, more on a GPU. "
+        "The last bits of sums depend on it.",
+    )
     min_replies: int = Field(default=1, ge=1, description="Fewest valid uploads with which a round goes on.")
     address: str = Field(default="", description="Ray cluster to join; empty = start one here.")
+
+
+class Clock(Section):
+    """Simulated time: how fast clients are and when they can be reached. Off with ``profile = "none"``."""
+
+    profile: str = Field(
+        default="none",
+        description="none | uniform (all clients the same) | lognormal (drawn for each client) | file:PATH: CSV or "
+        "JSON lines with samples_per_second, up and down, one row for each client. A relative path is looked up "
+        "below data.folder.",
+    )
+    samples_per_second: float = Field(
+        default=100.0, gt=0, description="Training samples that a client handles in a simulated second (the median)."
+    )
+    up: float = Field(default=1e6, gt=0, description="Bytes per second from a client to the server (the median).")
+    down: float = Field(default=4e6, gt=0, description="Bytes per second from the server to a client (the median).")
+    samples_per_second_sigma: float = Field(
+        default=0.5, ge=0, description="lognormal: standard deviation of the logarithm of samples_per_second."
+    )
+    up_sigma: float = Field(default=0.5, ge=0, description="lognormal: standard deviation of the logarithm of up.")
+    down_sigma: float = Field(default=0.5, ge=0, description="lognormal: standard deviation of the logarithm of down.")
+    availability: str = Field(
+        default="always",
+        description="always | bernoulli (drawn for each client and round) | diurnal (by the hour of each client's "
+        "day) | trace:PATH: CSV or JSON lines with client, start, end in simulated seconds, repeated after the last "
+        "end. Where too few are available, the server looks again every simulated minute.",
+    )
+    probability: float = Field(
+        default=0.5, gt=0, le=1, description="bernoulli: of being available; diurnal: the same at the best hour."
+    )
+    day: float = Field(default=86400.0, gt=0, description="diurnal: simulated seconds of a day.")
+    deadline: float = Field(
+        default=0.0,
+        ge=0,
+        description="Simulated seconds for which the server waits for replies, then goes on without the late ones; "
+        "0 = waits for all.",
+    )
+    over_selection: float = Field(
+        default=1.0,
+        ge=1,
+        description="Factor on the clients that are asked; the first to finish, as many as without it, are used.",
+    )
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="Probability that a client drops out in the middle of a round."
+    )
+
+
+class Faults(Section):
+    """Faults that are injected into clients: the probability of each, for every client in every round."""
+
+    crash: float = Field(default=0.0, ge=0, le=1, description="Raises an error instead of training.")
+    silent: float = Field(default=0.0, ge=0, le=1, description="Trains, but its reply is lost.")
+    nan: float = Field(default=0.0, ge=0, le=1, description="Uploads an array with a NaN in it.")
+    shape: float = Field(default=0.0, ge=0, le=1, description="Uploads an array of a wrong shape.")
+    keys: float = Field(default=0.0, ge=0, le=1, description="Uploads an array under a wrong name.")
+    straggle: float = Field(default=0.0, ge=0, le=1, description="Computes straggle_factor times as long ([clock]).")
+    straggle_factor: float = Field(default=5.0, ge=1, description="How many times as long a straggler computes.")
 
 
 class Run(Section):
@@ -198,6 +275,8 @@ class Scenario(Section):
     strategy: Strategy = Field(default_factory=Strategy)
     client: Client = Field(default_factory=Client)
     system: System = Field(default_factory=System)
+    clock: Clock = Field(default_factory=Clock)
+    faults: Faults = Field(default_factory=Faults)
     run: Run = Field(default_factory=Run)
 
 

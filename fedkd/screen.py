@@ -7,16 +7,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fedkd.report import console_table, learning_curves, partition_table, write_tables
+from fedkd.report import ROUNDS, console_table, learning_curves, partition_table, write_tables
 from fedkd.run import Listener, Result
 from fedkd.scenario import Scenario
 
 if TYPE_CHECKING:
     from fedkd.data.federation import Federation
+    from fedkd.preflight import Report
     from fedkd.sweep import Cell
+
+# File -> what accuracy is drawn against: name of the axis, key of the numbers in summary.json; empty = the rounds.
+CURVES = {
+    "curves": (ROUNDS, ""),
+    "curves-bytes": ("bytes sent, up and down", "curve_bytes"),
+    "curves-time": ("simulated seconds", "curve_simulated_time"),
+}
+
+SIMULATED = ("dropped out", "too late in simulated time")  # reasons that the scenario asks for: no news
 
 
 def print_federation(console: Console, scenario: Scenario, federation: Federation) -> str:
@@ -99,6 +110,16 @@ class Screen(Listener):
         self.accuracy = ""
         self.task = self.progress.add_task(title, total=scenario.run.rounds, completed=done, status="starting")
 
+    def preflight(self, report: Report) -> None:
+        """Say what clients take and how they are computed."""
+        grid = Table.grid(padding=(0, 2))
+        for name, value in report.rows.items():
+            grid.add_row(escape(name), escape(value))
+        self.console.print(grid)
+        for note in report.notes:
+            self.console.print(f"note: {note}", markup=False, highlight=False)
+        self.console.print()
+
     def event(self, event: dict[str, Any]) -> None:
         """Move the bar."""
         if self.task is None:
@@ -109,7 +130,7 @@ class Screen(Listener):
             self.replies += 1
             status = f"client {self.replies}/{self.selected} {self.accuracy}"
             self.progress.update(self.task, status=status)
-        elif event["event"] == "refused":
+        elif event["event"] == "refused" and not event["reason"].startswith(SIMULATED):
             problem = f"round {event['round']}: client {event['partition_id']} left out: {event['reason']}"
             self.console.print(problem, markup=False, highlight=False)
         elif event["event"] == "round":
@@ -136,21 +157,35 @@ class Screen(Listener):
         if not finished:
             return
         rows = [result.row(cell.values if cell else None) for cell, result in finished]
-        curves: dict[str, list[list[tuple[int, float]]]] = {}
-        for cell, result in finished:
-            curve = [(int(round), float(value)) for round, value in result.summary.get("curve", [])]
-            title = cell.title if cell else result.summary["label"]
-            curves.setdefault(title, []).append(curve)
         self.console.print()
         self.console.print(console_table(rows))
         tables = write_tables(rows, folder, "results")
-        places = {"tables": ", ".join([str(tables[0]), *(path.name for path in tables[1:])])}
-        if any(curve for several in curves.values() for curve in several):
-            pictures = learning_curves(curves, folder / "curves")
-            places["curves"] = ", ".join([str(pictures[0]), *(path.name for path in pictures[1:])])
+        pictures = [
+            picture
+            for stem, (xlabel, cost) in CURVES.items()
+            if (curves := _curves(finished, cost))
+            for picture in learning_curves(curves, folder / stem, xlabel=xlabel)
+        ]
+        places = {
+            name: ", ".join([str(files[0]), *(path.name for path in files[1:])])
+            for name, files in (("tables", tables), ("curves", pictures))
+            if files
+        }
         places["results"] = str(finished[0][1].folder if len(finished) == 1 else folder)
         for name, place in places.items():
             self.console.print(f"{name:8} {place}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _curves(finished: Sequence[tuple[Cell | None, Result]], cost: str) -> dict[str, list[list[Any]]]:
+    """Return the accuracies of runs by title: (round, value), or (round, value, what it had cost by then)."""
+    curves: dict[str, list[list[Any]]] = {}
+    for cell, result in finished:
+        curve = [(int(round), float(value)) for round, value in result.summary.get("curve", [])]
+        if cost:
+            curve = [(*point, spent) for point, spent in zip(curve, result.summary.get(cost) or [])]
+        if curve:
+            curves.setdefault(cell.title if cell else result.summary["label"], []).append(curve)
+    return curves
 
 
 def _key(scenario: Scenario) -> str:

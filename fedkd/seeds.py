@@ -28,6 +28,10 @@ class Purpose(IntEnum):
     PROXY_SUBSET = 14  # which proxy samples a round uses
     METHOD_CLIENT = 15  # anything private to a method, on a client
     METHOD_SERVER = 16  # the same on the server
+    DEVICE = 17  # how fast a client is, and the hours of its day
+    AVAILABILITY = 18  # whether a client can be reached in a round
+    CLIENT_DROPOUT = 19  # whether it drops out in the middle of one
+    FAULT = 20  # injected faults of clients, stragglers
 
 
 def _sequence(seed: int, purpose: Purpose, round: int, partition: int) -> np.random.SeedSequence:

@@ -1,6 +1,6 @@
 """Tables and figures of finished runs, made from plain rows and arrays, never from run folders."""
 
-from fedkd.report.figures import learning_curves, partition_figure
+from fedkd.report.figures import ROUNDS, learning_curves, partition_figure
 from fedkd.report.tables import (
     Row,
     aggregate,
@@ -14,6 +14,7 @@ from fedkd.report.tables import (
 )
 
 __all__ = [
+    "ROUNDS",
     "Row",
     "aggregate",
     "console_table",

@@ -21,7 +21,9 @@ _PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _DASHES = ["-", (0, (4, 1.5)), (0, (1, 1.2))]
 _INK = "#333333"
 
-Curve = Sequence[tuple[int, float]]
+Curve = Sequence[tuple[int, float] | tuple[int, float, float]]
+
+ROUNDS = "communication round"
 
 
 def learning_curves(
@@ -30,6 +32,7 @@ def learning_curves(
     title: str = "",
     ylabel: str = "test accuracy",
     *,
+    xlabel: str = ROUNDS,
     percent: bool = True,
 ) -> list[Path]:
     """Draw one line per label, named at its end.
@@ -38,13 +41,16 @@ def learning_curves(
     ----------
     curves : Mapping[str, Curve | Sequence[Curve]]
         For each label a list of (round, value), or one such list per seed: then the line is the mean over
-        seeds and the band is one sample standard deviation to each side.
+        seeds and the band is one sample standard deviation to each side. With a third number a point is drawn
+        there instead of at its round, such as (round, value, simulated seconds).
     path : str or Path
         Where to; ``.png`` and ``.svg`` are appended (or replace either of them).
     title : str
         Heading; empty = none.
     ylabel : str
         What the values are.
+    xlabel : str
+        What the third numbers are.
     percent : bool
         Show fractions in per cent; False for losses.
 
@@ -64,22 +70,25 @@ def learning_curves(
         raise ValueError("no curve has a point to draw")
     with _style():
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator, PercentFormatter
+        from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
         height = max(3.6, 0.8 + 0.22 * len(lines))  # room for all names, one above the other
         figure = Figure(figsize=(6.4, height), layout="constrained")
         axes = figure.subplots()
-        for i, (rounds, mean, sd) in enumerate(lines.values()):
+        for i, (places, mean, sd) in enumerate(lines.values()):
             color, dashes = _PALETTE[i % len(_PALETTE)], _DASHES[i // len(_PALETTE) % len(_DASHES)]
-            axes.fill_between(rounds, mean - sd, mean + sd, color=color, alpha=0.15, linewidth=0)
-            axes.plot(rounds, mean, color=color, linestyle=dashes, linewidth=1.8, solid_capstyle="round")
-            axes.plot(rounds[-1:], mean[-1:], color=color, marker="o", markersize=4, clip_on=False)
+            axes.fill_between(places, mean - sd, mean + sd, color=color, alpha=0.15, linewidth=0)
+            axes.plot(places, mean, color=color, linestyle=dashes, linewidth=1.8, solid_capstyle="round")
+            axes.plot(places[-1:], mean[-1:], color=color, marker="o", markersize=4, clip_on=False)
         first, last = min(line[0][0] for line in lines.values()), max(line[0][-1] for line in lines.values())
         axes.set_xlim(first - (0.02 * (last - first) or 0.5), last)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if xlabel == ROUNDS:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        else:
+            axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
         if percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-        axes.set_xlabel("communication round")
+        axes.set_xlabel(xlabel, parse_math=False)
         axes.set_ylabel(ylabel, parse_math=False)
         axes.set_title(title, parse_math=False, loc="left")
         axes.grid(axis="y")
@@ -127,19 +136,20 @@ def partition_figure(counts: np.ndarray, classes: Sequence[str], path: str | Pat
 
 
 def _mean_and_sd(curve: Curve | Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the rounds [R], and mean and sample standard deviation over seeds [R] (0 where there is one)."""
+    """Return where points are drawn, and mean and sample standard deviation over seeds (0 for one), each [R]."""
     nested: Any = curve
     several = len(nested) > 0 and (len(nested[0]) == 0 or not np.isscalar(nested[0][0]))
     seeds: Sequence[Curve] = nested if several else [nested]
-    values: dict[int, list[float]] = {}
+    found: dict[int, list[tuple[float, float]]] = {}
     for seed in seeds:
-        for step, value in seed:
+        for step, value, *place in seed:
             if value is not None and np.isfinite(value):
-                values.setdefault(int(step), []).append(float(value))
-    rounds = sorted(values)
-    mean = np.array([np.mean(values[r]) for r in rounds])
-    sd = np.array([np.std(values[r], ddof=1) if len(values[r]) > 1 else 0.0 for r in rounds])
-    return np.array(rounds), mean, sd
+                found.setdefault(int(step), []).append((float(place[0] if place else step), float(value)))
+    points = [np.array(found[step]) for step in sorted(found)]
+    places = np.array([each[:, 0].mean() for each in points])
+    mean = np.array([each[:, 1].mean() for each in points])
+    sd = np.array([each[:, 1].std(ddof=1) if len(each) > 1 else 0.0 for each in points])
+    return places, mean, sd
 
 
 def _name_ends(figure: Figure, axes: Axes, lines: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
@@ -150,10 +160,10 @@ def _name_ends(figure: Figure, axes: Axes, lines: Mapping[str, tuple[np.ndarray,
     ends = [(line[1][-1] - low) / (high - low) for line in lines.values()]
     heights = _spread(ends, gap)
     last = max(line[0][-1] for line in lines.values())
-    for i, ((label, (rounds, mean, _)), height) in enumerate(zip(lines.items(), heights)):
+    for i, ((label, (places, mean, _)), height) in enumerate(zip(lines.items(), heights)):
         axes.annotate(
             label,
-            xy=(rounds[-1], mean[-1]),
+            xy=(places[-1], mean[-1]),
             xycoords="data",
             xytext=(1.05, height),
             textcoords="axes fraction",
@@ -170,7 +180,7 @@ def _name_ends(figure: Figure, axes: Axes, lines: Mapping[str, tuple[np.ndarray,
                 "shrinkA": 2,
                 "shrinkB": 2,
                 # A line that ends early is led to its name by dots, so that nobody reads the leader as data.
-                "linestyle": "-" if rounds[-1] == last else ":",
+                "linestyle": "-" if places[-1] == last else ":",
             },
         )
 

@@ -31,7 +31,7 @@ Row = dict[str, Any]
 
 _SEED = "run.seed"
 _NOT_METRICS = {"label", "values", "seed", "whose", "accuracy_after"}
-_ORDER = ["best", "final", "accuracy_after", "ensemble", "bytes_up", "bytes_down", "seconds"]
+_ORDER = ["best", "final", "accuracy_after", "ensemble", "bytes_up", "bytes_down", "simulated_seconds", "seconds"]
 _TITLES = {
     "whose": "whose accuracy",
     "best": "best (%)",
@@ -39,6 +39,7 @@ _TITLES = {
     "ensemble": "ensemble (%)",
     "bytes_up": "up",
     "bytes_down": "down",
+    "simulated_seconds": "simulated seconds",
 }
 _UNITS = ["B", "kB", "MB", "GB", "TB", "PB"]
 _MISSING = "–"
@@ -224,12 +225,14 @@ def console_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
     Returns
     -------
     rich.table.Table
-        Label, keys of the sweep that vary, whose accuracy, best, final, ensemble, bytes up and down, seconds.
+        Label, keys of the sweep that vary, whose accuracy, best, final, ensemble, bytes up and down, seconds
+        (simulated ones too, if there is a clock).
         With several seeds, accuracies are mean ± sd, the others means.
     """
     df = aggregate(rows)
     shares = [name for name in ("best", "final", "ensemble") if f"{name}_mean" in df.columns]
-    means = [name for name in ("bytes_up", "bytes_down", "seconds") if f"{name}_mean" in df.columns]
+    costs = ("bytes_up", "bytes_down", "simulated_seconds", "seconds")
+    means = [name for name in costs if f"{name}_mean" in df.columns]
     # Without its deviation a mean is not joined with it, and the table fits into 80 columns.
     df[[f"{name}_sd" for name in means]] = np.nan
     keys = [name for name in df.columns if name != "seeds" and not name.endswith(("_mean", "_sd"))]
@@ -467,7 +470,7 @@ def _mean_sd(metric: str, mean: float, sd: float) -> str:
     elif _is_share(metric):
         mean, sd, digits = 100 * mean, 100 * sd, 1
     else:
-        digits = 1 if metric == "seconds" else 0 if abs(mean) >= 100 or float(mean).is_integer() else 3
+        digits = 1 if metric.endswith("seconds") else 0 if abs(mean) >= 100 or float(mean).is_integer() else 3
     spread = "" if np.isnan(sd) else f" ± {sd:.{digits}f}"
     return f"{mean:.{digits}f}{spread}{unit}"
 

@@ -17,7 +17,7 @@ from fedkd.errors import KnowledgeError, RunError, ScenarioError
 from fedkd.losses.response import kd
 from fedkd.server.averaging import StateMean
 from fedkd.server.targets import Targets
-from fedkd.students import borrowed, reestimate_norms
+from fedkd.students import autocast, borrowed, reestimate_norms
 from fedkd.wording import did_you_mean
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -100,6 +100,8 @@ class Distiller:
         Where the student is trained; it returns to where it was.
     channels_last : bool
         Memory layout of image batches and convolutions.
+    precision : str
+        ``fp32``, or ``bf16`` for the student's forward and backward pass; weights, loss and optimiser stay float32.
 
     Raises
     ------
@@ -128,6 +130,7 @@ class Distiller:
     norm_buffers: Literal["train", "frozen", "reestimate"] = "train"
     device: str | torch.device = "cpu"
     channels_last: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
         choices = {
@@ -137,6 +140,7 @@ class Distiller:
             "schedule": ("constant", "cosine"),
             "returns": ("last", "best", "swa"),
             "norm_buffers": ("train", "frozen", "reestimate"),
+            "precision": ("fp32", "bf16"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -264,8 +268,10 @@ class Distiller:
                 group["lr"] = self._rate(step, len(batches))
             at = torch.from_numpy(rows)
             batch = data.gather(ids[at], device=self.device, channels_last=self.channels_last)
+            with autocast(self.precision, self.device):
+                logits = model(batch.x).logits
             last = kd(
-                model(batch.x).logits,
+                logits,
                 values[at.to(values.device)],
                 temperature=self.temperature,
                 reduction=self.reduction,
@@ -276,7 +282,7 @@ class Distiller:
             optimizer.zero_grad(set_to_none=True)
             last.backward()
             if self.clip:
-                nn.utils.clip_grad_norm_(parameters, self.clip)
+                nn.utils.clip_grad_norm_(parameters, self.clip, foreach=True)
             optimizer.step()
             last = last.detach()
             first = last if step == 0 else first
@@ -318,7 +324,8 @@ class Distiller:
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         if self.optimizer == "adam":
-            return torch.optim.Adam(model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+            # Fused: one call for all tensors instead of a dozen for each, a twentieth of a small model's step.
+            return torch.optim.Adam(model.parameters(), lr=self.lr, weight_decay=self.weight_decay, fused=True)
         return torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
     def _rate(self, step: int, steps: int) -> float:

@@ -1,14 +1,14 @@
 """Several teachers reduced to one target for each sample: members × weights × space × reduce × transform.
 
-Two kinds of members: `ModelMember`, a state that is run on the samples, and `StoredMember`, outputs that a
-client has sent. Means are streamed: beyond the accumulator, an ensemble holds the outputs of one member at a
-time, so memory does not grow with the number of teachers. Everything is accumulated in float64, in the order
-of the members.
+Kinds of members: `ModelMember`, a state that is run on the samples here, `ComputedMember`, one that is run on the
+workers, and `StoredMember`, outputs that a client has sent. Means are streamed: beyond the accumulator, an ensemble
+holds the outputs of one member at a time, and workers are at most a few ahead, so memory does not grow with the number
+of teachers. Everything is accumulated in float64, in the order of the members.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from fedkd.data.proxy import ProxySet
 from fedkd.errors import KnowledgeError, ScenarioError
-from fedkd.server.members import Member, StoredMember
+from fedkd.server.members import Member, StoredMember, stream
 from fedkd.server.reduces import REDUCES, Reduce
 from fedkd.server.targets import Ids, Targets, as_ids
 from fedkd.server.transforms import Argmax, Transform
 from fedkd.server.weighting import Score, entropy_score, normalise_log
+from fedkd.students import SHARD
 from fedkd.wording import did_you_mean
 
 if TYPE_CHECKING:
@@ -101,16 +102,16 @@ class Ensemble:
         self._take_weights(weights)
 
     def targets(
-        self, data: ArrayData | ProxySet | None = None, batch_size: int = 512, *, ids: Ids | None = None
+        self, data: ArrayData | ProxySet | None = None, batch_size: int = 0, *, ids: Ids | None = None
     ) -> Targets:
-        """Compute the targets; nothing is cached, so call it once a round and keep the result.
+        """Compute the targets; keep them, as only members that the workers run remember their outputs.
 
         Parameters
         ----------
         data : ArrayData or ProxySet, optional
             The samples; not needed if all members are stored.
         batch_size : int
-            Samples in a forward pass.
+            Samples in a forward pass; 0 = as suits the device.
         ids : Tensor, optional
             Sample ids, shape [N]; default: all of `data`, or all that a stored member covers.
 
@@ -149,10 +150,7 @@ class Ensemble:
         """Weighted mean, one member after the other: covered rows of `ids` [n], and values [n, C]."""
         sums = total = top = torch.empty(0)
         by_class = False
-        for k in range(len(self.members)):
-            rows, values = self._view(k, data, ids, batch_size)
-            if not len(rows):
-                continue
+        for k, rows, values in self._views(data, ids, batch_size):
             if not sums.numel():
                 sums = torch.zeros(len(ids), values.shape[1], dtype=torch.float64)
                 total = torch.zeros(len(ids), values.shape[1], dtype=torch.float64)
@@ -172,7 +170,7 @@ class Ensemble:
                 weight = torch.exp(score - highest)
             sums.index_add_(0, rows, values * weight)
             total.index_add_(0, rows, weight.expand_as(values))
-            del values  # before the next member computes its own
+            del values  # before the next member has its own
         kept = (total > 0).all(1).nonzero().squeeze(1) if sums.numel() else torch.empty(0, dtype=torch.long)
         mean = sums[kept] / total[kept]
         # Weights for each class take a mean of distributions off the simplex; others only by rounding.
@@ -182,15 +180,13 @@ class Ensemble:
         self, reduce: Reduce, data: ArrayData | None, ids: Tensor, batch_size: int, size: int | None
     ) -> tuple[Tensor, Tensor]:
         """Any reduce, a chunk of samples after the other; returns as `_mean` does."""
-        chunk = max(1, JOINT_ROWS // len(self.members) // batch_size) * batch_size
+        batch = batch_size or SHARD
+        chunk = max(1, JOINT_ROWS // len(self.members) // batch) * batch
         kept, reduced = [torch.empty(0, dtype=torch.long)], []
         for start in range(0, len(ids), chunk):
             part = ids[start : start + chunk]
             stack = log_weights = torch.empty(0)
-            for k in range(len(self.members)):
-                rows, values = self._view(k, data, part, batch_size)
-                if not len(rows):
-                    continue
+            for k, rows, values in self._views(data, part, batch_size):
                 if not stack.numel():
                     stack = torch.zeros(len(self.members), len(part), values.shape[1], dtype=torch.float64)
                     log_weights = torch.full(stack.shape[:2], -torch.inf, dtype=torch.float64)
@@ -209,24 +205,30 @@ class Ensemble:
             reduced.append(values if self.space == "logits" else _distribution(values))
         return torch.cat(kept), torch.cat(reduced) if reduced else torch.empty(0, 0)
 
-    def _view(self, k: int, data: ArrayData | None, ids: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Rows of `ids` that member k covers [m], and its outputs in the ensemble's space, float64 [m, C]."""
-        member = self.members[k]
-        rows = member.covers(ids).nonzero().squeeze(1)
-        if not len(rows):
-            return rows, torch.empty(0, 0)
-        values = member.outputs(data, ids[rows], batch_size).double()
+    def _views(self, data: ArrayData | None, ids: Tensor, batch_size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield, for every member that covers any of `ids`, its number, the rows [m], and its view of them."""
+        outputs = stream(self.members, data, ids, batch_size)
+        for k, member in enumerate(self.members):
+            rows, values = next(outputs)
+            if len(rows):
+                values = self._view(k, member, rows, values)
+                yield k, rows, values
+            del values
+
+    def _view(self, k: int, member: Member, rows: Tensor, values: Tensor) -> Tensor:
+        """Return a member's outputs in the ensemble's space, float64 [m, C]."""
         if values.ndim != 2 or len(values) != len(rows):
             raise KnowledgeError(
                 f"ensemble member {k} gave outputs of shape {tuple(values.shape)} for {len(rows)} samples"
             )
+        values = values.double()
         if not bool(torch.isfinite(values).all()):
             raise KnowledgeError(f"outputs of ensemble member {k} hold NaN or infinite numbers")
         if self.space == "votes":
-            values = Argmax()(values)
-        elif self.space == "probs" and member.space == "logits":
-            values = (values / self.temperature).softmax(1)
-        return rows, values
+            return Argmax()(values)
+        if self.space == "probs" and member.space == "logits":
+            return (values / self.temperature).softmax(1)
+        return values
 
     def _weight(self, k: int, ids: Tensor, classes: int, size: int | None) -> Tensor:
         """Weights of member k, of shape [1, 1], [1, C] or [n, 1]."""

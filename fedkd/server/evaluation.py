@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fedkd.server.members import Member, stream
+
+if TYPE_CHECKING:
+    from fedkd.data.batches import ArrayData
+
+Predict = Member | Callable[["ArrayData"], Tensor]
+"""What can be evaluated: a member, or a function from data to logits [N, C]."""
+
+
+def predictions(predictors: Mapping[str, Predict], data: ArrayData) -> dict[str, Tensor]:
+    """Return the logits [N, C] of all predictors on all of the data; members that workers run are run together."""
+    members = {name: predict for name, predict in predictors.items() if isinstance(predict, Member)}
+    outputs = [values for _, values in stream(list(members.values()), data, torch.arange(len(data)))]
+    logits = dict(zip(members, outputs, strict=True))
+    return {name: p(data) if not isinstance(p, Member) else logits[name] for name, p in predictors.items()}
 
 
 def scores(logits: Tensor, labels: Tensor, bins: int = 15) -> dict[str, Any]:

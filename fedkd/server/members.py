@@ -1,9 +1,13 @@
-"""Teachers of an ensemble: models that are run on the samples, and outputs that clients have sent."""
+"""Teachers of an ensemble: models that are run on the samples, and outputs that clients have sent.
+
+Models that the workers run are in `fedkd.server.compute`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +37,7 @@ class Member:
         """Return which samples the member has outputs for, bool, shape [n]. Default: all."""
         return torch.ones(len(ids), dtype=torch.bool)
 
-    def outputs(self, data: ArrayData | None, ids: Tensor, batch_size: int = 512) -> Tensor:
+    def outputs(self, data: ArrayData | None, ids: Tensor, batch_size: int = 0) -> Tensor:
         """Return the member's outputs in its space.
 
         Parameters
@@ -43,7 +47,7 @@ class Member:
         ids : Tensor
             Ids of samples that the member covers, int64, shape [n].
         batch_size : int
-            Samples in a forward pass.
+            Samples in a forward pass; 0 = as suits the device.
 
         Returns
         -------
@@ -51,6 +55,15 @@ class Member:
             Shape [n, C], on the CPU.
         """
         raise NotImplementedError
+
+    @classmethod
+    def stream(
+        cls, members: Sequence[Any], data: ArrayData | None, ids: Tensor, batch_size: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield what `stream` yields, for members of this class. Default: `outputs` of one after the other."""
+        for member in members:
+            rows = member.covers(ids).nonzero().squeeze(1)
+            yield rows, member.outputs(data, ids[rows], batch_size) if len(rows) else torch.empty(0, 0)
 
 
 class ModelMember(Member):
@@ -69,6 +82,8 @@ class ModelMember(Member):
         Where the model runs; the module returns to where it was.
     channels_last : bool
         Memory layout of image batches.
+    precision : str
+        ``fp32``, or ``bf16`` for the forward pass.
 
     Raises
     ------
@@ -84,13 +99,14 @@ class ModelMember(Member):
         *,
         device: str | torch.device = "cpu",
         channels_last: bool = False,
+        precision: str = "fp32",
     ) -> None:
         if state is not None:
-            _check_fit(model, state)
+            check_fit(model, state)
         self.model, self.state, self.weight = model, state, weight
-        self.device, self.channels_last = device, channels_last
+        self.device, self.channels_last, self.precision = device, channels_last, precision
 
-    def outputs(self, data: ArrayData | None, ids: Tensor, batch_size: int = 512) -> Tensor:
+    def outputs(self, data: ArrayData | None, ids: Tensor, batch_size: int = 0) -> Tensor:
         """Return logits, float32."""
         if data is None:
             raise KnowledgeError("a model cannot give targets without data")
@@ -102,6 +118,7 @@ class ModelMember(Member):
             device=self.device,
             batch_size=batch_size,
             channels_last=self.channels_last,
+            precision=self.precision,
         )
 
 
@@ -136,7 +153,7 @@ class StoredMember(Member):
         """Return which samples are stored, bool, shape [n]."""
         return torch.isin(ids, self.ids)
 
-    def outputs(self, data: ArrayData | None, ids: Tensor, batch_size: int = 512) -> Tensor:
+    def outputs(self, data: ArrayData | None, ids: Tensor, batch_size: int = 0) -> Tensor:
         """Return the stored rows of these samples.
 
         Raises
@@ -149,7 +166,33 @@ class StoredMember(Member):
         return self.values[torch.searchsorted(self.ids, ids)]
 
 
-def _check_fit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def stream(
+    members: Sequence[Member], data: ArrayData | None, ids: Tensor, batch_size: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield, member after member, the rows of `ids` that it covers [m], and its outputs for them [m, C].
+
+    Members that are computed elsewhere work ahead of whoever reads; all others wait to be asked, so nobody holds more
+    than the outputs of a few members.
+
+    Parameters
+    ----------
+    members : sequence of Member
+        In the order in which they are yielded.
+    data, ids, batch_size
+        As in `Member.outputs`.
+    """
+    for kind, group in itertools.groupby(members, key=type):
+        yield from kind.stream(list(group), data, ids, batch_size)
+
+
+def check_fit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Refuse a state that lacks a parameter of the model, has what the model has not, or other shapes.
+
+    Raises
+    ------
+    KnowledgeError
+        Says what does not fit.
+    """
     own = model.state_dict()
     missing = {name for name, _ in model.named_parameters()} - state.keys()
     extra = state.keys() - own.keys()
