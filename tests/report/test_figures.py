@@ -15,6 +15,12 @@ def test_seeds_become_mean_and_band():
     assert sd == pytest.approx([0.02**0.5, 0, 0])  # round 3 has one seed
 
 
+def test_points_are_drawn_at_the_mean_of_their_third_numbers():
+    places, mean, _ = _mean_and_sd([[(1, 0.1, 30.0), (2, 0.3, 70.0)], [(1, 0.3, 40.0)]])
+    assert places.tolist() == [35, 70]
+    assert mean == pytest.approx([0.2, 0.3])
+
+
 def test_one_run_has_no_band_and_gaps_are_left_out():
     rounds, mean, sd = _mean_and_sd([(1, 0.1), (2, float("nan")), (4, 0.2)])
     assert rounds.tolist() == [1, 4]
@@ -26,10 +32,11 @@ def test_one_run_has_no_band_and_gaps_are_left_out():
     "draw",
     [
         lambda path: learning_curves({"fedavg": ONE, "a_$b": TWO, "short": [(1, 0.2)]}, path, "title"),
+        lambda path: learning_curves({"a": [(1, 0.1, 5e3), (2, 0.2, 2e4)]}, path, xlabel="simulated seconds"),
         lambda path: partition_figure(np.array([[3, 0], [0, 0], [40, 7]]), ["cat", "dog"], path, "title"),
         lambda path: partition_figure(np.arange(150).reshape(50, 3), ["a", "b", "c"], path),
     ],
-    ids=["curves", "bubbles", "heat map"],
+    ids=["curves", "curves over time", "bubbles", "heat map"],
 )
 def test_figures_are_written_twice_with_equal_bytes(draw, tmp_path):
     first = draw(tmp_path / "alpha-0.1")

@@ -1,0 +1,76 @@
+"""A plain Flower app on our engine: the app that stock Flower runs too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from common import WORKERS, Clock, Side, Workload, make_model
+from flower import TimedFedAvg, client_app
+from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app.message import make_message
+
+from fedkd.arrays import BufferArray, view
+from fedkd.engine import Nodes, RayGrid, SimulationGrid
+from fedkd.server.averaging import StateMean
+
+State = dict[str, torch.Tensor]
+
+
+def grid_of(load: Workload) -> RayGrid:
+    """Return the engine over the clients of a workload, with the plain Flower app."""
+    torch.set_num_threads(1)  # the workers have the cores; a second thread here would spin on one of them
+    return RayGrid(lambda: client_app(load), Nodes.alike(load.clients), workers=WORKERS)
+
+
+def messages_of(grid: SimulationGrid, load: Workload, state: State) -> list[Message]:
+    """Return one message with the weights for each client of a round."""
+    arrays = ArrayRecord({name: BufferArray(tensor.numpy()) for name, tensor in state.items()})
+    content = RecordDict({"arrays": arrays})
+    return [grid.create_message(content, "train", grid.nodes.node_id(p), "1") for p in range(load.selected)]
+
+
+def mean_of(replies: Iterable[Message]) -> StateMean:
+    """Return the mean of the weights in replies."""
+    mean = StateMean("the model")
+    for reply in replies:
+        arrays = reply.content.array_records["arrays"]
+        mean.add({name: torch.from_numpy(view(array)) for name, array in arrays.items()})
+    return mean
+
+
+def fold(replies: list[tuple[int, Message]]) -> tuple[list[Message], StateMean]:
+    """Return replies without weights, and the mean of these."""
+    slim = [make_message(r.metadata, RecordDict({"metrics": r.content["metrics"]})) for _, r in replies]
+    return slim, mean_of(reply for _, reply in replies)
+
+
+def replies(side: Side, clock: Clock) -> dict[str, Any]:
+    """Every reply comes to the server, which averages them."""
+    load, state = side.load, dict(make_model(side.load).state_dict())
+    with grid_of(load) as grid:
+        for _ in range(clock.total):
+            state = mean_of(grid.send_and_receive(messages_of(grid, load, state))).result()
+            clock.tick()
+    return clock.result()
+
+
+def sums(side: Side, clock: Clock) -> dict[str, Any]:
+    """Workers average, cohort by cohort."""
+    load, state = side.load, dict(make_model(side.load).state_dict())
+    with grid_of(load) as grid:
+        for _ in range(clock.total):
+            mean = StateMean("the model")
+            for folded in grid.send_and_fold(messages_of(grid, load, state), fold):
+                mean.merge(folded.part)
+            state = mean.result()
+            clock.tick()
+    return clock.result()
+
+
+def apps(side: Side, clock: Clock) -> dict[str, Any]:
+    """The very apps of stock Flower, its FedAvg included."""
+    with grid_of(side.load) as grid:
+        TimedFedAvg(side.load, clock).run(grid)
+    return clock.result()
