@@ -300,13 +300,19 @@ def core_seconds() -> dict[str, float]:
 
 
 def take_peaks() -> dict[str, float]:
-    """Return peak resident memory since the last call, in MB: of this process, and the sum over the workers."""
-    peaks = {"driver": 0.0, "workers": 0.0}
+    """Return peak resident memory since the last call, in MB: of this process, and the sum over the workers.
+
+    Without pages of shared memory: those of Ray's object store that a process has ever touched stay in its count, and
+    what the store holds is not the process's. ``store`` is how much of it this process has touched.
+    """
+    peaks = {"driver": 0.0, "workers": 0.0, "store": 0.0}
     for pid in [os.getpid(), *descendants(os.getpid())]:
-        kind, status = kind_of(pid), read_proc(pid, "status")
-        high = next((line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")), "")
-        if kind in peaks and high:
-            peaks[kind] = round(peaks[kind] + int(high) / 1024, 1)
+        kind, lines = kind_of(pid), [line.split() for line in read_proc(pid, "status").splitlines()]
+        found = {line[0]: int(line[1]) / 1024 for line in lines if line and line[0] in ("VmHWM:", "RssShmem:")}
+        if kind in peaks and len(found) == 2:
+            peaks[kind] = round(peaks[kind] + found["VmHWM:"] - found["RssShmem:"], 1)
+            if kind == "driver":
+                peaks["store"] = round(found["RssShmem:"], 1)
             with suppress(OSError):
                 Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak starts anew
     return peaks

@@ -120,6 +120,8 @@ def view(array: Array) -> np.ndarray:
 
 def buffered(record: ArrayRecord) -> ArrayRecord:
     """Return a record of the same numbers in `BufferArray` form; arrays that cannot be read stay as they are."""
+    if all(isinstance(array, BufferArray) for array in record.values()):
+        return record
     twin = ArrayRecord()
     for name, array in record.items():
         try:

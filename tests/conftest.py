@@ -11,14 +11,22 @@ os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 
 
 @pytest.fixture(scope="session")
-def ray_session():
-    """Ray with two CPUs, started once; every RayGrid of the session joins it."""
+def ray_started():
+    """Return a function that starts Ray with two CPUs, unless it runs; every RayGrid joins it."""
     import ray
 
-    if not ray.is_initialized():
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
+    def start():
+        if not ray.is_initialized():
+            ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+
+    yield start
     ray.shutdown()
+
+
+@pytest.fixture
+def ray_session(ray_started):
+    """Ray, started once, and again where Flower's simulation has ended it."""
+    ray_started()
 
 
 @pytest.fixture

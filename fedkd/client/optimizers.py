@@ -56,7 +56,8 @@ class SGD:
             [self.parameters[number] for number in numbers],
             [cast(Tensor, self.parameters[number].grad) for number in numbers],
             velocities,
-            fused=bool(client.momentum) or None,
+            foreach=False,  # said, because finding out what is best takes longer than a small model's step
+            fused=bool(client.momentum),
             weight_decay=client.weight_decay,
             momentum=client.momentum,
             lr=self.param_groups[0]["lr"],

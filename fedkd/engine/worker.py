@@ -333,5 +333,6 @@ def _content(content: int | list[tuple[str, int | Record]], objects: Sequence[An
 def for_transport(records: Any) -> Any:
     """Return records (or one record) of which Ray maps the arrays into memory instead of copying them."""
     if isinstance(records, RecordDict):
-        return RecordDict({name: for_transport(record) for name, record in records.items()})
+        ready = {name: for_transport(record) for name, record in records.items()}
+        return records if all(ready[name] is record for name, record in records.items()) else RecordDict(ready)
     return buffered(records) if isinstance(records, ArrayRecord) else records

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedkd.errors import KnowledgeError, ScenarioError
-from fedkd.payloads import State, Weights
+from fedkd.payloads import State, Weights, all_finite
 from fedkd.server.totals import Total
 from fedkd.server.uploads import Upload, sum_up
 
@@ -301,7 +301,7 @@ class StateMean:
             if not dtype.is_floating_point:
                 mean = mean.round()
             averaged[key] = mean.to(dtype)
-            if not bool(torch.isfinite(averaged[key]).all()):
+            if not all_finite(averaged[key]):
                 raise KnowledgeError(f"the average of {self.name} is not finite: {key} holds NaN or infinite numbers")
         return averaged
 

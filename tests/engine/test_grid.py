@@ -19,7 +19,7 @@ def kept_grid(request, apps):
     if request.param == "inline":
         grid = InlineGrid(apps.counting_app, NODES, {"lr": 0.5})
     else:
-        request.getfixturevalue("ray_session")
+        request.getfixturevalue("ray_started")()
         grid = RayGrid(apps.counting_app, NODES, {"lr": 0.5}, workers=2)
     yield grid
     grid.close()
