@@ -175,4 +175,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
     text = ["", *("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)]
     notes = [f"{row['workload']} against {row['against']}: {row['note']}" for row in rows if row.get("note")]
+    notes += [f"{row['workload']}: {_speeds(row)}" for row in rows if "ours_share_of_peak" in row]
     return "\n".join([*text, *notes])
+
+
+def _speeds(row: dict[str, Any]) -> str:
+    """Return what a row of the GPU part says beside its times."""
+    shares = ((row[f"{whose}_clients_per_s"], row[f"{whose}_share_of_peak"]) for whose in ("ours", "theirs"))
+    return " against ".join(f"{clients:g} clients a second, {share:.2%} of the peak" for clients, share in shares)

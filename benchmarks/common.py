@@ -143,8 +143,9 @@ class Side:
 
     def _read(self, client: int) -> tuple[Tensor, Tensor]:
         x, y = (array[client * self.load.samples : (client + 1) * self.load.samples] for array in self.arrays)
-        images = torch.from_numpy(np.array(x)).view(-1, *self.load.shape).permute(0, 3, 1, 2)
-        return images.float().div_(255).contiguous(), torch.from_numpy(np.array(y))
+        images = torch.from_numpy(np.array(x)).view(-1, *self.load.shape).permute(0, 3, 1, 2).float().div_(255)
+        # Not contiguous(): one channel passes for both layouts, and convolutions would take the other one.
+        return images.clone(memory_format=torch.contiguous_format), torch.from_numpy(np.array(y))
 
 
 def told() -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Reevaluated(FedDF):
         torch.manual_seed(0)
         load, (arch,) = this_side().load, self.students
         data = self.server.proxy.data
-        x = data.gather(torch.arange(len(data))).x.contiguous()
+        x = data.gather(torch.arange(len(data))).x.clone(memory_format=torch.contiguous_format)
         members: list[nn.Module] = []
         for upload in self.members:
             member = make_model(load)

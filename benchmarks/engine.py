@@ -238,16 +238,15 @@ def gpu(bench: Bench, workload: str) -> None:
         bar = 10 if (workload, precision) == ("GPU-W2", "fp32") else 0
         title = f"{workload}, {precision}, vectorised"
         bench.compare(title, "sequential trainer", keys["vectorised"], keys["sequential"], at_least=bar)
-        for whose, trainer in (("ours", "vectorised"), ("theirs", "sequential")):
-            bench.rows[-1] |= speed(bench, whose, workload, keys[trainer], precision)
+        if bench.rows[-1]["ratio"] and "peak" in bench.sides[limits]:
+            for whose, trainer in (("ours", "vectorised"), ("theirs", "sequential")):
+                bench.rows[-1] |= speed(bench, whose, workload, keys[trainer], precision)
 
 
 def speed(bench: Bench, whose: str, workload: str, key: str, precision: str) -> dict[str, Any]:
     """Return clients per second, and the share of the device's peak that they are."""
-    found, limits = bench.sides.get(key, {}).get("seconds"), bench.sides.get("GPU/limits", {})
-    if not found or "peak" not in limits:
-        return {}
-    per_second = workload_of(workload, bench.quick).selected / median(found)
+    limits = bench.sides["GPU/limits"]
+    per_second = workload_of(workload, bench.quick).selected / median(bench.sides[key]["seconds"])
     share = per_second * limits["operations"][workload] / limits["peak"][precision]
     return {f"{whose}_clients_per_s": rounded(per_second), f"{whose}_share_of_peak": rounded(share)}
 
