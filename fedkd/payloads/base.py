@@ -1,0 +1,60 @@
+"""What every kind of payload can do, and checks that several kinds share."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkd.errors import KnowledgeError
+
+# Received tensors are for reading (see `fedkd.payloads`).
+# Of that torch warns once in a process: here, where nobody hears it.
+with warnings.catch_warnings(action="ignore"):
+    torch.from_numpy(np.frombuffer(b"\0", np.uint8))
+
+State = dict[str, Tensor]
+
+
+class Payload(ABC):
+    """What every kind of payload can do."""
+
+    kind: str
+    """Name of the payload in a message."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of the arrays as they travel."""
+
+    @abstractmethod
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Arrays as they travel."""
+
+    @abstractmethod
+    def meta(self) -> dict[str, Any]:
+        """Scalars and strings as they travel."""
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinite numbers."""
+    # They survive in a sum, which is ten times as fast to look at; it may be infinite without them, too.
+    return math.isfinite(values.sum()) or bool(torch.isfinite(values).all())
+
+
+def check_finite(values: Tensor, what: str) -> None:
+    """Refuse NaN and infinite numbers, by raising `KnowledgeError`."""
+    if not all_finite(values):
+        raise KnowledgeError(f"{what} holds NaN or infinite numbers")
+
+
+def check_float32(values: Tensor, what: str) -> None:
+    """Refuse other types than float32, NaN and infinite numbers, by raising `KnowledgeError`."""
+    if values.dtype != torch.float32:
+        raise KnowledgeError(f"wrong type: {what} are {values.dtype}, not torch.float32")
+    check_finite(values, what)
