@@ -64,7 +64,8 @@ def load(folder: Path) -> dict[str, Any]:
     OSError
         A file is missing.
     """
-    tensors = load_file(folder / "tensors.safetensors")
+    # In a file they lie anywhere; products with a batch of one sample have other bits where memory is not aligned.
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "tensors.safetensors").items()}
 
     def fill(value: Any) -> Any:
         if isinstance(value, dict):

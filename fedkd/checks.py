@@ -16,7 +16,7 @@ from fedkd.data.local import find_file
 from fedkd.data.partition import check as check_partition
 from fedkd.engine.clock import Listed, Trace
 from fedkd.errors import DataError, ScenarioError, raise_all
-from fedkd.scenario import Clock, Scenario
+from fedkd.scenario import Attacks, Clock, Scenario
 from fedkd.server.clock import make_availability, make_devices
 from fedkd.students import build_student
 from fedkd.wording import did_you_mean
@@ -51,6 +51,7 @@ def check(scenario: Scenario) -> None:
         _participation,
         _clock,
         _faults,
+        _attacks,
         _everybody,
     ]
     errors: dict[tuple[str, str], ScenarioError] = {}
@@ -284,3 +285,16 @@ def _faults(scenario: Scenario) -> None:
     if scenario.faults.straggle and scenario.clock.profile == "none":
         hint = 'add [clock] profile = "uniform", say'
         raise ScenarioError("stragglers take simulated time, and there is no clock", key="faults.straggle", hint=hint)
+
+
+def _attacks(scenario: Scenario) -> None:
+    spec, clients = scenario.attacks, scenario.partition.clients
+    if spec.kind == "none":
+        if spec.share:
+            hint = 'set attacks.kind to "label-flip", "sign-flip" or "random", or leave it out'
+            raise ScenarioError("has no effect without a kind of attack", key="attacks.share", hint=hint)
+    elif math.floor(spec.share * clients + 0.5) < 1:
+        problem = f"{spec.share:g} of {clients} clients is nobody"
+        raise ScenarioError(problem, key="attacks.share", hint=f"must be at least {0.5 / clients:g} here")
+    if spec.kind != "label-flip" and spec.flip != Attacks().flip:
+        raise ScenarioError('has no effect without kind = "label-flip"', key="attacks.flip", hint="leave it out")

@@ -161,6 +161,42 @@ def resume(
 
 
 @app.command()
+def table(
+    scenario: ScenarioArgument,
+    set_: SetOption = None,
+    out: OutOption = Path("runs"),
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="FOLDER", help="Where tables go; beside the runs if empty.")
+    ] = None,
+    across: Annotated[
+        str, typer.Option(metavar="KEY", help="A key of the sweep whose values are the columns of a second table.")
+    ] = "",
+    metric: Annotated[str, typer.Option(help="What that one shows, such as best or own_worst_accuracy.")] = "final",
+) -> None:
+    """Make the table of a scenario's sweep from the runs there are, and say which are missing or failed."""
+    document = load(scenario, set_ or [])
+    from fedkd.report import console_table
+    from fedkd.results import collect, gaps, write
+    from fedkd.sweep import expand
+
+    found = collect(expand(document), out)
+    rows = [one.row for one in found if one.result is not None]
+    for line in gaps(found):
+        console.print(f"no result: {line}", markup=False, highlight=False, soft_wrap=True)
+    if not rows:
+        hint = f"fedkd run {scenario} computes them; --out and --set must be those of the runs"
+        raise ScenarioError(f"no run of {document.scenario.name} is finished below {out}", key="table", hint=hint)
+    console.print(console_table(rows, f"{len(rows)} of {len(found)} runs"))
+    about, name = document.scenario.description, document.scenario.name
+    try:
+        files = write(found, to or out / name, name, across=across, metric=metric, about=about)
+    except ValueError as error:
+        raise ScenarioError(str(error), key="table", hint="see --across and --metric in fedkd table --help") from None
+    for file in files:
+        console.print(str(file), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def simulate(
     folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where the app's pyproject.toml is.")] = Path("."),
     clients: Annotated[int, typer.Option(min=1, help="Nodes of the federation.")] = 10,
@@ -349,33 +385,16 @@ def describe(
 
 
 def _describe_strategy(name: str, cls: Any) -> None:
-    from fedkd import plugins
+    from fedkd import methods, plugins
 
-    doc = [" ".join(part.split()) for part in (cls.__doc__ or "").split("\n\n") if part.strip()]
-    requires = ", ".join(sorted(cls.requires)) or "nothing"
-    presets = {"paper": {}} | dict(cls.presets)
-    rows = {
-        "paper": " ".join([doc[0] if doc else "", cls.paper]).strip(),
-        "year": str(cls.year or ""),
-        "sends up": cls.travels_up,
-        "sends down": cls.travels_down,
-        "requires": requires,
-        "several architectures": "yes" if cls.heterogeneous else "no",
-        "pitfalls": cls.pitfalls,
-        "presets": "; ".join(
-            f"{preset}: " + (", ".join(f"{k} = {v}" for k, v in values.items()) or "the defaults")
-            for preset, values in presets.items()
-        ),
-    }
     console.print(name, style="bold", markup=False)
     grid = Table.grid(padding=(0, 2))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
-    for title, text in rows.items():
-        if text:
-            grid.add_row(title, escape(text))
+    for topic, text in methods.facts(cls).items():
+        grid.add_row(topic, escape(text))
     console.print(grid)
-    for paragraph in doc[1:2]:
+    for paragraph in methods.paragraphs(cls)[1:2]:
         console.print(f"\n{paragraph}", markup=False, highlight=False)
     hyper = plugins.hyper_parameters(cls)
     if hyper:
@@ -387,6 +406,25 @@ def _describe_strategy(name: str, cls: Any) -> None:
             table.add_row(*map(escape, (item.name, default, item.allowed, item.help)))
         console.print()
         console.print(table)
+
+
+@app.command("methods")
+def methods_(
+    short: Annotated[bool, typer.Option("--short", help="Print the README's table instead.")] = False,
+    write: Annotated[
+        Path | None,
+        typer.Option("--write", metavar="FOLDER", help="Write docs/methods.md and the README's table in this tree."),
+    ] = None,
+) -> None:
+    """Print docs/methods.md, which is made from the built-in methods' classes."""
+    from fedkd import methods
+
+    found = methods.built_in()
+    if write is not None:
+        for path in methods.write(write, found):
+            console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+        return
+    typer.echo(methods.short_table(found) if short else methods.page(found), nl=False)
 
 
 # --- writing -------------------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ def _translate(detail: Mapping[str, Any], raw: Any) -> ScenarioError:
 
 
 def _unknown(key: str, name: str, section: type[Section]) -> ScenarioError:
-    known = [*section.model_fields, *(["sweep"] if section is Scenario else [])]
+    known = [*section.model_fields, *(["sweep", "extends"] if section is Scenario else [])]
     hint = did_you_mean(name, known)
     elsewhere = _way_to(name)
     if not hint.startswith("did") and elsewhere:

@@ -161,7 +161,7 @@ def strategy_class(name: str) -> type:
         found = load_object(point.value, key)
     elif name in _built_in_modules():
         found = _only_strategy_in(_import(f"{BUILT_IN}.{name}", key), name)
-    else:
+    elif (found := _variant(name)) is None:
         hint = did_you_mean(name, strategy_names(), "known")
         raise ScenarioError(
             f"unknown strategy {name!r}",
@@ -178,7 +178,24 @@ def strategy_class(name: str) -> type:
 
 
 def _only_strategy_in(module: types.ModuleType, name: str) -> type:
-    candidates = [
+    candidates = _strategies_in(module)
+    named = [value for value in candidates if _is_called(value, name)]
+    if len(named or candidates) != 1:
+        raise ScenarioError(f"module {module.__name__} does not hold exactly one strategy", key="strategy.name")
+    return (named or candidates)[0]
+
+
+def _variant(name: str) -> type | None:
+    """Return a variant that is in the built-in module of its method: ``fedgkd_vote`` in that of ``fedgkd``."""
+    home = name.rpartition("_")[0]
+    if home not in _built_in_modules():
+        return None
+    found = _strategies_in(_import(f"{BUILT_IN}.{home}", "strategy.name"))
+    return next((value for value in found if _is_called(value, name)), None)
+
+
+def _strategies_in(module: types.ModuleType) -> list[type]:
+    return [
         value
         for value in vars(module).values()
         if isinstance(value, type)
@@ -186,10 +203,10 @@ def _only_strategy_in(module: types.ModuleType, name: str) -> type:
         and dataclasses.is_dataclass(value)
         and hasattr(value, "local")
     ]
-    named = [value for value in candidates if value.__name__.lower() == name.replace("_", "")]
-    if len(named or candidates) != 1:
-        raise ScenarioError(f"module {module.__name__} does not hold exactly one strategy", key="strategy.name")
-    return (named or candidates)[0]
+
+
+def _is_called(cls: type, name: str) -> bool:
+    return cls.__name__.lower() == name.replace("_", "")
 
 
 def strategies() -> dict[str, type]:

@@ -113,8 +113,11 @@ class Result:
         """Return the row that tables are made of (see `fedkd.report.tables`)."""
         keys = ("label", "seed", "whose", "best", "final", "accuracy_after", "ensemble", "agreement")
         row = {key: self.summary[key] for key in keys if self.summary.get(key) is not None}
-        if self.summary.get("clients") is not None:
-            row["clients_accuracy"] = self.summary["clients"]
+        for name, predictor in (("clients", "clients"), ("own", "clients-local")):
+            scored = self.summary["predictors"].get(predictor) or {}
+            for metric, key in (("accuracy", "accuracy"), ("worst_accuracy", "worst_decile")):
+                if scored.get(key) is not None:
+                    row[f"{name}_{metric}"] = scored[key]
         row["bytes_up"] = sum(self.summary["bytes_up"].values())
         row["bytes_down"] = sum(self.summary["bytes_down"].values())
         for key in ("simulated_seconds", "seconds"):
@@ -414,6 +417,9 @@ def _run_locked(
                 write({"event": "resumed", "after_round": strategy.round})
             elif log.tell():
                 write({"event": "resumed", "after_round": 0})
+            if saved is None and len(federation.attackers):
+                attackers = federation.attackers.tolist()
+                write({"event": "attackers", "kind": scenario.attacks.kind, "clients": attackers})
 
             def after_round() -> None:
                 every, rounds = scenario.run.checkpoint_every, scenario.run.rounds
@@ -525,6 +531,7 @@ def summarise(
         "seconds_by_verb": {
             verb: round(sum(e["seconds"][verb] for e in rounds), 3) for verb in ("train", "distill", "evaluate")
         },
+        "attackers": federation.attackers.tolist(),
         "refused": sum(e["event"] == "refused" for e in events),
         "states_lost": sum(e["event"] == "state-lost" for e in events),
         "skew": {

@@ -243,6 +243,25 @@ class Faults(Section):
     straggle_factor: float = Field(default=5.0, ge=1, description="How many times as long a straggler computes.")
 
 
+class Attacks(Section):
+    """Poisoned clients: what they do and how many they are. Off with ``kind = "none"``."""
+
+    kind: Literal["none", "label-flip", "sign-flip", "random"] = Field(
+        default="none",
+        description="none | label-flip (trains on wrong labels) | sign-flip (uploads the received weights less its "
+        "update, or outputs with the opposite sign) | random (a random update of the same length, or random outputs).",
+    )
+    share: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of the clients that attack, the same ones in every round; a larger share adds attackers.",
+    )
+    flip: Literal["next", "mirror"] = Field(
+        default="next", description="label-flip: class y becomes y + 1 (the last one 0), or C - 1 - y."
+    )
+
+
 class Run(Section):
     """How long, how often, from which seed."""
 
@@ -277,6 +296,7 @@ class Scenario(Section):
     system: System = Field(default_factory=System)
     clock: Clock = Field(default_factory=Clock)
     faults: Faults = Field(default_factory=Faults)
+    attacks: Attacks = Field(default_factory=Attacks)
     run: Run = Field(default_factory=Run)
 
 

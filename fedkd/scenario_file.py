@@ -2,6 +2,17 @@
 
 Values are checked one by one on reading; what concerns several of them is left to `fedkd.checks`. Whatever is
 wrong becomes a `ScenarioError` that names file, dotted key, value, what is allowed, and the way out.
+
+A file may build on another one and say only what differs, in the scenario and in cases of the sweep by their label::
+
+    extends = "quickstart"  # an installed scenario, or a path from here
+
+    [run]
+    rounds = 3
+
+    [[sweep.cases]]
+    label = "FedDF + KD"
+    strategy.steps = 50
 """
 
 from __future__ import annotations
@@ -17,7 +28,7 @@ from typing import Any
 import tomli_w
 
 from fedkd.errors import ScenarioError, errors_in, raise_all
-from fedkd.parsing import assign, parse, unusable
+from fedkd.parsing import assign, merge, parse, unusable
 from fedkd.scenario import Scenario
 from fedkd.wording import did_you_mean
 
@@ -32,10 +43,13 @@ class Sweep:
         Each a set of changes to the base: nested tables or dotted keys, and perhaps a ``label``.
     grid : dict of str to list
         Values of each dotted key; every combination is run, for every case.
+    only : tuple of str
+        Labels of the cells that are wanted; empty = all.
     """
 
     cases: tuple[dict[str, Any], ...] = ()
     grid: dict[str, list[Any]] = field(default_factory=dict)
+    only: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,14 +135,53 @@ def load(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Document:
     3
     """
     path = find(path_or_name)
+    raw = _tables(path)
+    with errors_in(str(path)):
+        return read({"name": path.stem} | raw, overrides, str(path))
+
+
+def _tables(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return the tables of a file and of what it extends; `above` are the files that extend it."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ScenarioError(f"cannot be read: {error}", file=str(path), hint="TOML files are UTF-8 text") from None
     except (ValueError, RecursionError) as error:  # of TOML, of Python's integers, of endless brackets
         raise ScenarioError(f"this is not TOML: {error}", file=str(path), hint="see https://toml.io") from None
+    if "extends" not in raw:
+        return raw
     with errors_in(str(path)):
-        return read({"name": path.stem} | raw, overrides, str(path))
+        parent = raw.pop("extends")
+        if not isinstance(parent, str):
+            hint = "an installed scenario, or the path of a file from this one's folder"
+            raise ScenarioError(f"must be a string, is {parent!r}", key="extends", hint=hint)
+        try:
+            below = find(parent if parent in shipped() else path.parent / os.path.expanduser(parent))
+        except ScenarioError as error:
+            hint = did_you_mean(parent, shipped(), "installed scenarios")
+            raise ScenarioError(f"there is no scenario {parent!r}", key="extends", hint=hint) from error
+        if below.resolve() in [other.resolve() for other in (*above, path)]:
+            raise ScenarioError(f"{parent!r} extends this file", key="extends", hint="one of them must stand alone")
+        return _extended(_tables(below, (*above, path)), raw)
+
+
+def _extended(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Lay tables over others: settings one by one, axes of the grid as wholes, cases by their label."""
+    own, more = _read_sweep(base.pop("sweep", {})), _read_sweep(changes.pop("sweep", {}))
+    base = {key: value for key, value in base.items() if key != "name"}
+    merge(base, changes)
+    cases: list[dict[str, Any]] = [dict(case) for case in own.cases]
+    for change in more.cases:
+        same = [case for case in cases if "label" in case and case["label"] == change.get("label")]
+        if not same:
+            cases.append(dict(change))
+            continue
+        before = dict(same[0])
+        same[0].clear()
+        merge(same[0], before)  # dotted keys become tables, so that every setting is in one place
+        merge(same[0], change)
+    sweep = {"cases": cases} | own.grid | more.grid | {"only": list(more.only or own.only)}
+    return base | ({"sweep": sweep} if cases or own.grid or more.grid else {})
 
 
 def read(raw: Mapping[str, Any], overrides: Sequence[str] = (), file: str = "") -> Document:
@@ -141,8 +194,7 @@ def read(raw: Mapping[str, Any], overrides: Sequence[str] = (), file: str = "") 
             sweep = _read_sweep(value)
         elif key.startswith("sweep."):
             name = key.removeprefix("sweep.")
-            changes = {"cases": value} if name == "cases" else {name: value}
-            sweep = _read_sweep({"cases": list(sweep.cases)} | sweep.grid | changes)
+            sweep = _read_sweep({"cases": list(sweep.cases), "only": list(sweep.only)} | sweep.grid | {name: value})
         else:
             assign(table, key, value)
     pairs = [(key, value) for key, value in pairs if not (key + ".").startswith("sweep.")]
@@ -150,7 +202,7 @@ def read(raw: Mapping[str, Any], overrides: Sequence[str] = (), file: str = "") 
     grid = {key: values for key, values in sweep.grid.items() if key not in dict(pairs)}
     scenario = parse(table, said_by_set=[key for key, _ in pairs])
     has_sweep = bool(sweep.cases or grid)
-    return Document(scenario, Sweep(sweep.cases, grid) if has_sweep else None, file, tuple(pairs))
+    return Document(scenario, Sweep(sweep.cases, grid, sweep.only) if has_sweep else None, file, tuple(pairs))
 
 
 def dump(scenario: Scenario) -> str:
@@ -179,6 +231,10 @@ def _read_sweep(raw: Any) -> Sweep:
     if not isinstance(cases, list) or not all(isinstance(case, dict) and case for case in cases):
         hint = 'cases = [{label = "FedAvg", strategy = "fedavg"}, …]'
         bad.append(ScenarioError(f"must be a list of tables, is {cases!r}", key="sweep.cases", hint=hint))
+    only = raw.get("only", [])
+    if not isinstance(only, list) or not all(isinstance(label, str) for label in only):
+        problem = f"must be a list of labels, is {only!r}"
+        bad.append(ScenarioError(problem, key="sweep.only", hint='only = ["FedAvg", "FedDF"]'))
     grid: dict[str, list[Any]] = {}
 
     def collect(prefix: str, node: Mapping[str, Any]) -> None:
@@ -193,6 +249,6 @@ def _read_sweep(raw: Any) -> Sweep:
             else:
                 grid[name] = value
 
-    collect("", {key: value for key, value in raw.items() if key != "cases"})
+    collect("", {key: value for key, value in raw.items() if key not in ("cases", "only")})
     raise_all(bad)
-    return Sweep(tuple(cases), grid)
+    return Sweep(tuple(cases), grid, tuple(only))

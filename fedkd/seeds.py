@@ -3,6 +3,8 @@
 Resuming needs no stored generator state, and the number of workers cannot change a result.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 import numpy as np
@@ -32,6 +34,8 @@ class Purpose(IntEnum):
     AVAILABILITY = 18  # whether a client can be reached in a round
     CLIENT_DROPOUT = 19  # whether it drops out in the middle of one
     FAULT = 20  # injected faults of clients, stragglers
+    ATTACKERS = 21  # which clients attack
+    ATTACK = 22  # what they send where it is random
 
 
 def _sequence(seed: int, purpose: Purpose, round: int, partition: int) -> np.random.SeedSequence:
@@ -72,3 +76,14 @@ def torch_rng(
 ) -> torch.Generator:
     """Return the PyTorch generator of one purpose on `device`, with the parameters of `rng`."""
     return torch.Generator(device=device).manual_seed(torch_seed(seed, purpose, round, partition))
+
+
+@contextmanager
+def seeded(seed: int, device: str | torch.device = "cpu") -> Iterator[None]:
+    """Let torch's global generators, of which dropout draws, begin at a seed; afterwards they are as they were."""
+    on_gpu = torch.device(device).type == "cuda"
+    with torch.random.fork_rng(devices=[torch.device(device)] if on_gpu else []):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would set those of all devices
+        if on_gpu:
+            torch.cuda.manual_seed_all(seed)
+        yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from fedkd.payloads import State
 from fedkd.seeds import Purpose, torch_seed
 
 if TYPE_CHECKING:
-    from fedkd.data.batches import ArrayData
+    from fedkd.data.batches import ArrayData, Samples
     from fedkd.data.sources import Dataset
     from fedkd.scenario import Scenario
 
@@ -83,7 +83,7 @@ def snapshot(state: Mapping[str, Tensor]) -> State:
 
 def reestimate_norms(
     model: nn.Module,
-    data: ArrayData,
+    data: Samples,
     ids: Tensor,
     *,
     device: str | torch.device = "cpu",
@@ -96,7 +96,7 @@ def reestimate_norms(
     ----------
     model : nn.Module
         The model, on `device`; left in evaluation mode. Without BatchNorm layers nothing happens.
-    data : ArrayData
+    data : Samples
         Where the samples are.
     ids : Tensor
         Which samples, shape [n]; a last batch of one is left out.
@@ -226,7 +226,7 @@ def predict(
     data : ArrayData
         Where the samples are.
     ids : Tensor
-        Which samples, shape [n].
+        Which samples, at least one, shape [n].
     state : mapping of str to Tensor, optional
         Weights to use instead of the model's own.
     device, channels_last
@@ -241,16 +241,43 @@ def predict(
     Tensor
         float32 on the CPU, shape [n, C].
     """
-    chunks: list[Tensor] = []
+    [logits] = collect(
+        model,
+        data,
+        ids,
+        lambda out: (out.logits,),
+        state=state,
+        device=device,
+        batch_size=batch_size,
+        channels_last=channels_last,
+        precision=precision,
+    )
+    return logits
+
+
+def collect(
+    model: nn.Module,
+    data: ArrayData,
+    ids: Tensor | np.ndarray | Sequence[int],
+    pick: Callable[[models.Outputs], tuple[Tensor, ...]],
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    device: str | torch.device = "cpu",
+    batch_size: int = 0,
+    channels_last: bool = False,
+    precision: str = "fp32",
+) -> tuple[Tensor, ...]:
+    """Return what `pick` takes of a model's outputs, each float32 on the CPU, shape [n, ...]; else as `predict`."""
+    chunks: list[tuple[Tensor, ...]] = []
     with borrowed(model, device), torch.inference_mode(), autocast(precision, device):
         model.eval()
         moved = None if state is None else {name: tensor.to(device) for name, tensor in state.items()}
         for rows in torch.as_tensor(ids).cpu().long().split(batch_size or forward_batch(device)):
             x = data.gather(rows, device=device, channels_last=channels_last).x
             out = model(x) if moved is None else torch.func.functional_call(model, moved, (x,))
-            chunks.append(out.logits.float())
-        logits = torch.cat(chunks).cpu()
-    return logits.clone()  # outside of inference mode: autograd refuses inference tensors
+            chunks.append(tuple(values.float() for values in pick(out)))
+        joined = [torch.cat(parts).cpu() for parts in zip(*chunks)]
+    return tuple(values.clone() for values in joined)  # outside of inference mode: autograd refuses inference tensors
 
 
 @contextmanager

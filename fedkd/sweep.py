@@ -12,7 +12,12 @@ Cases are variants that differ in several settings at once; every other key is a
 
 spans 2 × 2 × 3 cells. Keys may be dotted or nested. Settings inside a section are replaced one by one; a
 strategy of another name starts from its own defaults, not from the base's hyper-parameters. ``--set`` has the
-last word in every cell.
+last word in every cell. An axis may also run over tables, which differ in several settings of one section and are
+called by their ``label``, if they have one::
+
+    attacks = [{label = "none"}, {label = "sign flip, 10 %", kind = "sign-flip", share = 0.1}]
+
+``only = ["FedDF"]`` keeps the cells of these labels: for a part of a large sweep, ``--set 'sweep.only=["FedDF"]'``.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from fedkd.errors import ScenarioError, errors_in
 from fedkd.parsing import as_tables, assign, merge, parse
 from fedkd.scenario import Scenario, digest
 from fedkd.scenario_file import Document
+from fedkd.wording import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,8 @@ def expand(document: Document, *, checked: bool = True) -> list[Cell]:
     Raises
     ------
     ScenarioError
-        The first cell that cannot be run, two cells that are the same, or two cases of one label.
+        The first cell that cannot be run, two cells that are the same, two cases of one label, or a label in ``only``
+        that no cell has.
 
     Examples
     --------
@@ -88,10 +95,14 @@ def expand(document: Document, *, checked: bool = True) -> list[Cell]:
     cells: list[Cell] = []
     seen: dict[str, Cell] = {}
     by_label: dict[str, int] = {}
+    labels: dict[str, None] = {}
     with errors_in(document.file):
         for number, case in enumerate(cases):
             for combination in itertools.product(*grid.values()):
                 cell = _cell(document, case, dict(zip(grid, combination, strict=True)))
+                labels[cell.label] = None
+                if sweep and sweep.only and cell.label not in sweep.only:
+                    continue
                 if case and by_label.setdefault(cell.label, number) != number:
                     hint = 'give each its own label, such as {label = "FedDF", …}'
                     raise ScenarioError(f"two cases are called {cell.label!r}", key="sweep.cases", hint=hint)
@@ -104,6 +115,10 @@ def expand(document: Document, *, checked: bool = True) -> list[Cell]:
                     with _errors_at(repr(cell.title) if sweep else ""):
                         _check(cell.scenario)
                 cells.append(cell)
+        for label in sweep.only if sweep else ():
+            if label not in labels:
+                hint = did_you_mean(label, labels, "labels")
+                raise ScenarioError(f"no cell is called {label!r}", key="sweep.only", hint=hint)
     return cells
 
 
@@ -117,9 +132,10 @@ def _cell(document: Document, case: Mapping[str, Any], point: dict[str, Any]) ->
     changes = {key: value for key, value in case.items() if key != "label"}
     values: dict[str, Any] = {}
     label = document.scenario.label
+    named = {key: _named(value) for key, value in point.items()}
     with _errors_at(_text(dict(case) | point)):
         merge(table, changes)
-        merge(table, point)
+        merge(table, {key: settings for key, (_, settings) in named.items()})
         for key, value in document.overrides:
             assign(table, key, value)
         scenario = parse(table, said_by_set=[key for key, _ in document.overrides])
@@ -127,10 +143,18 @@ def _cell(document: Document, case: Mapping[str, Any], point: dict[str, Any]) ->
         label = str(case.get("label", "")) or _name(scenario, changes)
         values["case"] = label
     elif "strategy" in point or "strategy.name" in point:
-        label = _name(scenario, {"strategy": point.get("strategy", scenario.strategy.name)})
+        own, settings = named.get("strategy", ("", scenario.strategy.name))
+        label = own or _name(scenario, {"strategy": settings})
     label = label or scenario.strategy.name
-    values |= {key: label if key == "strategy" else value for key, value in point.items()}
+    values |= {key: label if key == "strategy" else own or settings for key, (own, settings) in named.items()}
     return Cell(label, values, parse(table | {"label": label}))
+
+
+def _named(value: Any) -> tuple[str, Any]:
+    """Return the label of a value of an axis, empty if it has none, and the value without it."""
+    if not isinstance(value, Mapping):
+        return "", value
+    return str(value.get("label", "")), {key: inner for key, inner in value.items() if key != "label"}
 
 
 def _name(scenario: Scenario, changes: Mapping[str, Any]) -> str:

@@ -105,6 +105,15 @@ class FD(DistillationStrategy):
     travels_down: ClassVar[str] = "class-outputs: 4·C² + 4·C (counts), from round 2 on"
     pitfalls: ClassVar[str] = "much weaker than FedAvg on its own; ports count from 1 or use raw logits as targets"
     shares_weights: ClassVar[bool] = False
+    distils_on: ClassVar[Literal["", "clients", "server", "both"]] = "clients"
+    differences: ClassVar[str] = (
+        "No code was released. Re-implementations average logits, start counts at 1, never reset them, or keep a "
+        "client's own table in its mean; the defaults follow the paper, the preset code is FedGen's repository. The "
+        "paper divides by the number of other devices, here it is by those that have the class."
+    )
+    verified: ClassVar[str] = (
+        "loss, tables and leave-one-out means by hand; γ = 0 equals local training bit for bit; bytes; resume"
+    )
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "code": {
             "space": "logits",

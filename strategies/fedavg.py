@@ -22,6 +22,12 @@ class FedAvg(DistillationStrategy):
     year: ClassVar[int] = 2017
     heterogeneous: ClassVar[bool] = True
     pitfalls: ClassVar[str] = "architectures learn nothing from each other"
+    distils_on: ClassVar[Literal["", "clients", "server", "both"]] = ""
+    differences: ClassVar[str] = (
+        "No code came with the paper. As in its corrected version, n is the number of examples of the clients that "
+        "replied, not of all."
+    )
+    verified: ClassVar[str] = "averages by hand, bytes, same bits on every engine and when resumed"
 
     weighting: Literal["examples", "uniform"] = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default="examples", metadata={"help": "weights of the average: n_k / n (paper), or 1 / K"}

@@ -5,13 +5,12 @@ NeurIPS 2020 (2006.07242), Algorithms 1 and 3.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from fedkd.seeds import Purpose
-from fedkd.server.distiller import Distiller
 from fedkd.server.ensemble import Ensemble
 from fedkd.server.uploads import Upload
+from fedkd.server.weighting import above_outliers
 from strategies.fedavg import FedAvg
 
 
@@ -23,16 +22,28 @@ class FedDF(FedAvg):
     unlabelled proxy data towards the ensemble of *all* uploaded models: KL(σ(mean logits / T) ‖ σ(student / T)),
     mean over the batch, no T² factor, T = 1, Adam with cosine annealing, gradient clip 5 as in the released code.
 
-    The paper weights the average by examples, the released code uniformly; the paper's batch is 128, the code's
-    commands use 64. ``space = "probs"`` averages probabilities; the code's third scheme, the mean of the members'
-    KLs, has the same gradients (the two differ by a constant) and needs no setting of its own. With
-    ``proxy.server_labels`` the best student on these is returned and distillation stops early, as in the paper
+    ``space = "probs"`` averages probabilities. The code's third scheme, the mean of the members' own KLs, is
+    ``space = "losses"``: Σ_k KL(p_k ‖ q) / K = KL(p̄ ‖ q) + (H(p̄) - Σ_k H(p_k) / K), whose bracket does not depend on
+    the student, so it trains the very students of ``probs``; the losses reported are without the bracket.
+
+    With ``proxy.server_labels`` the best student on these is returned and distillation stops early, as in the paper
     (checked every 100 steps, patience 1,000); without them the last student is.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2006.07242"
     year: ClassVar[int] = 2020
     requires: ClassVar[frozenset[str]] = frozenset({"proxy"})
+    distils_on: ClassVar[Literal["", "clients", "server", "both"]] = "server"
+    server_data: ClassVar[str] = "unlabelled proxy set; a few labels for early stopping and dropping members"
+    differences: ClassVar[str] = (
+        "The paper weights the average by examples and takes batches of 128, the released code 1 / K and 64: the "
+        "defaults are the paper's. The code's default scheme is the mean of KLs; its commands and the paper take mean "
+        "logits. Dropping members, and the un-distilled average where it is better, are options of the code that are "
+        "off there as here; the code drops outliers among teachers alone, here they are left out of the average too."
+    )
+    verified: ClassVar[str] = (
+        "targets, loss, optimiser steps and filters by hand and in float64 NumPy; K = 1 has loss 0; bytes; resume"
+    )
     pitfalls: ClassVar[str] = (
         "start the student from the average; without norm layers drop the worst members; "
         "expect the gap to FedAvg to shrink in late rounds"
@@ -44,7 +55,12 @@ class FedDF(FedAvg):
     batch_size: int = field(default=128, metadata={"ge": 1, "help": "proxy samples a step"})
     lr: float = field(default=1e-3, metadata={"gt": 0, "help": "Adam's learning rate, annealed by a cosine"})
     temperature: float = field(default=1.0, metadata={"gt": 0, "help": "softmax temperature"})
-    space: Literal["logits", "probs"] = field(default="logits", metadata={"help": "what the ensemble averages"})
+    space: Literal["logits", "probs", "losses"] = field(
+        default="logits", metadata={"help": "what is averaged over members; losses trains the students of probs"}
+    )
+    reduce: Literal["mean", "median", "trimmed", "geometric"] = field(
+        default="mean", metadata={"help": "how members become one teacher; beside the mean, robust against attackers"}
+    )
     student_from: Literal["average", "previous"] = field(
         default="average",
         metadata={"help": "where the student starts: this round's average, or last round's student"},
@@ -53,20 +69,29 @@ class FedDF(FedAvg):
         default=1_000,
         metadata={"ge": 1, "help": "steps without improvement on the server labels before stopping"},
     )
+    compare_start: bool = field(
+        default=False,
+        metadata={"help": "keep the student as it started where no later one is as good on the server labels"},
+    )
     drop_worst: bool = field(
         default=False,
         metadata={"help": "leave out members below 1.2 × chance on the server labels, in average and ensemble"},
     )
+    drop_outliers: bool = field(
+        default=False,
+        metadata={"help": "the same for accuracies below mean - 1.5 sd of all but the best, if none is below chance"},
+    )
 
     def needs(self) -> frozenset[str]:
-        """Dropping members needs labels on the server."""
-        return self.requires | ({"server-labels"} if self.drop_worst else set())
+        """Judging members or the average needs labels on the server."""
+        judges = self.drop_worst or self.drop_outliers or self.compare_start
+        return self.requires | ({"server-labels"} if judges else set())
 
     def fuse(self, uploads: Iterable[Upload]) -> None:
         """Average within each architecture, and start the students from there."""
         previous = self.students
-        if self.drop_worst:
-            uploads = self.above_chance(list(uploads))
+        if self.drop_worst or self.drop_outliers:
+            uploads = self.good_enough(list(uploads))
             if not uploads:  # nobody is better than chance: the round teaches nothing
                 return
         super().fuse(uploads)
@@ -77,9 +102,7 @@ class FedDF(FedAvg):
         """Distil the ensemble of all members into the student of each architecture."""
         if not self.members:
             return
-        server = self.server
-        targets = self.ensemble().targets(server.proxy.data)
-        distiller = Distiller(
+        distiller = self.distiller(
             optimizer="adam",
             lr=self.lr,
             schedule="cosine",
@@ -92,34 +115,28 @@ class FedDF(FedAvg):
             kind="kl",
             check_every=100,
             patience=self.patience,
-            returns="best" if server.has_labels else "last",
-            device=server.device,
-            channels_last=server.channels_last,
-            precision=server.scenario.system.server_precision,
+            returns="best" if self.server.has_labels else "last",
+            compare_start=self.compare_start,
         )
-        for arch, state in self.students.items():
-            student = server.model(arch, state)
-            report = distiller.fit(
-                student,
-                server.proxy.data,
-                targets,
-                generator=self.rng(Purpose.DISTILLATION),
-                validate=server.label_accuracy if server.has_labels else None,
-            )
-            self.students = {**self.students, arch: server.state_of(student)}
-            self.distilled[arch] = asdict(report)
+        self.distill_students(distiller, self.ensemble().targets(self.server.proxy.data))
 
     def ensemble(self) -> Ensemble:
-        """Return the mean of all members' logits (or probabilities)."""
-        return Ensemble(self.teachers(), space=self.space, reduce="mean", temperature=self.temperature)
+        """Return the mean (or another reduce) of all members' logits (or probabilities)."""
+        space = "logits" if self.space == "logits" else "probs"
+        return Ensemble(self.teachers(), space=space, reduce=self.reduce, temperature=self.temperature)
 
-    def above_chance(self, uploads: list[Upload]) -> list[Upload]:
-        """Return the uploads whose accuracy on the server labels is at least 1.2 / C; forget the others."""
-        kept = []
-        for upload, accuracy in zip(uploads, self.server.label_accuracies(uploads), strict=True):
-            if accuracy >= 1.2 / self.server.federation.num_classes:
-                kept.append(upload)
-            else:
+    def good_enough(self, uploads: list[Upload]) -> list[Upload]:
+        """Return the uploads that are good enough on the server labels; forget the others.
+
+        At least 1.2 / C must be right; or, of a round in which all are, mean - 1.5 standard deviations.
+        """
+        accuracies = list(self.server.label_accuracies(uploads))
+        chance = 1.2 / self.server.federation.num_classes
+        kept = [not self.drop_worst or accuracy >= chance for accuracy in accuracies]
+        if self.drop_outliers and min(accuracies, default=0.0) >= chance:
+            kept = above_outliers(accuracies)
+        for upload, accuracy, keep in zip(uploads, accuracies, kept, strict=True):
+            if not keep:
                 self.members.remove(upload)
                 self.server.emit("dropped", round=self.round, partition_id=upload.partition_id, accuracy=accuracy)
-        return kept
+        return [upload for upload, keep in zip(uploads, kept, strict=True) if keep]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
 
@@ -55,6 +55,13 @@ class FedProx(FedAvg):
     paper: ClassVar[str] = "https://arxiv.org/abs/1812.06127"
     year: ClassVar[int] = 2020
     pitfalls: ClassVar[str] = "mu is written with and without the factor 1/2 (FedAUX's code: without)"
+    distils_on: ClassVar[Literal["", "clients", "server", "both"]] = ""
+    differences: ClassVar[str] = (
+        "The paper draws clients with probability n_k / n and averages uniformly; its code draws uniformly and "
+        "weights by examples, and so do the defaults. The code's mu is 0 unless given. Stragglers that do part of the "
+        "work, which both simulate, are left to [clock]."
+    )
+    verified: ClassVar[str] = "proximal term by hand, mu = 0 against FedAvg, bytes"
     local = Proximal
 
     mu: float = field(

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOOR = {"errors", "seeds", "files", "threads", "wording", "arrays", "cohorts", "meeting"}
-BASE = FLOOR | {"scenario", "options", "payloads", "plugins", "models", "losses", "data"}
+BASE = FLOOR | {"codecs", "scenario", "options", "payloads", "plugins", "models", "losses", "data"}
 HALVES = BASE | {"students", "flower", "client", "server"}
 WIRED = HALVES | {
     "scenario_file",
@@ -37,12 +37,14 @@ ARROWS: dict[str, set[str]] = {
     "arrays": set(),
     "cohorts": set(),
     "meeting": set(),
-    "payloads": FLOOR,
+    "codecs": FLOOR,
+    "payloads": FLOOR | {"codecs"},
     "scenario": FLOOR,
     "parsing": FLOOR | {"scenario"},
     "scenario_file": FLOOR | {"scenario", "parsing"},
     "options": FLOOR,
     "plugins": FLOOR | {"scenario", "options"},
+    "methods": FLOOR | {"plugins"},
     "models": BASE,
     "losses": BASE,
     "data": BASE,
@@ -61,10 +63,11 @@ ARROWS: dict[str, set[str]] = {
     "preflight": WIRED - {"run"},
     "run": WIRED,
     "report": {"errors", "files"},
+    "results": WIRED | {"report"},
     "screen": WIRED | {"report"},
-    "cli": WIRED | {"report", "screen"},
+    "cli": WIRED | {"report", "results", "screen", "methods"},
 }
-STRATEGIES = HALVES - {"flower"}
+STRATEGIES = HALVES - {"flower"} | {"privacy"}
 
 
 def imports(source: str, package: str) -> Iterator[str]:

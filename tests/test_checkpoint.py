@@ -38,3 +38,10 @@ def test_objects_are_refused(tmp_path):
         checkpoint.save({"x": object()}, tmp_path)
     with pytest.raises(TypeError, match="keys that are no strings"):
         checkpoint.save({"x": {1: 2}}, tmp_path)
+
+
+def test_tensors_are_aligned_as_torch_aligns_them(tmp_path):
+    # In the file, one number of one byte moves all that come after it.
+    checkpoint.save({"first": torch.zeros(1, dtype=torch.uint8), "rest": [torch.ones(3) for _ in range(9)]}, tmp_path)
+    loaded = checkpoint.load(tmp_path)
+    assert all(tensor.data_ptr() % 64 == 0 and tensor.tolist() == [1.0] * 3 for tensor in loaded["rest"])

@@ -126,6 +126,15 @@ def test_an_entry_point_of_another_package_is_a_name(monkeypatch):
     assert plugins.strategy_class("fedavg").__name__ == "FedAvg"
 
 
+def test_without_installation_methods_are_found_by_their_modules_and_variants_in_those_of_their_methods(monkeypatch):
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [])
+
+    for name, cls in {"fedgkd": "FedGKD", "fedgkd_vote": "FedGKDVote", "local": "Local"}.items():
+        assert plugins.strategy_class(name).__name__ == cls
+    with pytest.raises(ScenarioError, match="unknown strategy 'fedgkd_vot'"):
+        plugins.strategy_class("fedgkd_vot")
+
+
 # --- hyper-parameters ----------------------------------------------------------------------------------
 
 

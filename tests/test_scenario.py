@@ -305,7 +305,7 @@ def test_assigned_values_are_copies():
 @pytest.mark.parametrize(
     ("raw", "parts"),
     [
-        ({"strategy": {"name": "feddg"}}, ["strategy.name", "'feddg'", "did you mean 'feddf'"]),
+        ({"strategy": {"name": "feddff"}}, ["strategy.name", "'feddff'", "did you mean 'feddf'"]),
         ({"models": {"student": "resnet9"}}, ["models.student", "'resnet9'", "did you mean"]),
         ({"models": {"server": "resnet9"}}, ["models.server", "'resnet9'"]),
         ({"models": {"student": []}}, ["models.student", "at least one model"]),
@@ -344,7 +344,7 @@ def test_cross_checks_name_key_value_and_way_out(raw, parts, monkeypatch, tmp_pa
 
 
 def test_cross_checks_find_several_mistakes_at_once():
-    raw = {"strategy": {"name": "feddg"}, "models": {"student": "resnet9"}, "partition": {"name": "x"}}
+    raw = {"strategy": {"name": "feddff"}, "models": {"student": "resnet9"}, "partition": {"name": "x"}}
 
     with pytest.raises(ScenarioError, match="3 settings are wrong"):
         check(parse(raw))

@@ -12,13 +12,14 @@ from flwr.app import ConfigRecord, Context, Error, Message
 from flwr.clientapp import ClientApp
 
 from fedkd import flower, plugins
+from fedkd.client.attacks import poison
 from fedkd.client.faults import inject
 from fedkd.client.runtime import Runtime, runtime_of
 from fedkd.client.student import Student
 from fedkd.client.trainer import learn
 from fedkd.errors import KnowledgeError
 from fedkd.payloads import CONFIG, Knowledge, Weights
-from fedkd.scenario import Faults, Scenario, System
+from fedkd.scenario import Attacks, Faults, Scenario, System
 from fedkd.threads import one_thread
 
 REFUSED = 400
@@ -44,19 +45,21 @@ def make_app(scenario: Scenario | None = None, mods: Sequence[Mod] = ()) -> Clie
         The resolved scenario. Without one, it is named by the run config of Flower's runtime
         (keys ``scenario`` and ``overrides``), as `flwr run` passes it.
     mods : sequence of Flower mods
-        Wrap every message: attacks, taps. Those of the scenario's ``[faults]`` come after them, next to the client.
+        Wrap every message, such as taps. Those of the scenario's ``[faults]`` and ``[attacks]`` come after them: what
+        an attacker sends may still be lost.
     """
 
     def resolved(context: Context) -> Scenario:
         return scenario if scenario is not None else flower.scenario_of(context.run_config)
 
-    faulty = scenario is None or scenario.faults != Faults()
-    app = ClientApp(mods=[*mods, inject(resolved)] if faulty else list(mods))
-
     text = scenario.model_dump_json() if scenario is not None else ""
 
     def runtime(context: Context) -> Runtime:
         return runtime_of(text or resolved(context).model_dump_json())
+
+    faulty = scenario is None or scenario.faults != Faults()
+    poisoned = scenario is None or scenario.attacks != Attacks()
+    app = ClientApp(mods=[*mods, *([inject(resolved)] if faulty else []), *([poison(runtime)] if poisoned else [])])
 
     def handler(work: Work, *, keeps: bool = True) -> Callable[[Message, Context], Message]:
         def handle(message: Message, context: Context) -> Message:
@@ -136,9 +139,11 @@ def _evaluate(runtime: Runtime, student: Student, knowledge: Knowledge, config: 
     if "weights" in knowledge:
         student.load(knowledge.get(Weights))
     local = config.get("on", "local") == "local"
-    data, ids = (student.data, student.shard.test) if local else (student.test, torch.arange(len(student.test)))
+    # Of an attacker that flips labels, too, the true ones.
+    true = runtime.federation.train
+    data, ids = (true, student.shard.test) if local else (student.test, torch.arange(len(student.test)))
     labels = torch.tensor(np.asarray(data.labels)[np.asarray(ids)], dtype=torch.int64)
-    logits = student.predict(data, ids)
+    logits = runtime.local.predict(student, data, ids)
     if not len(labels):
         return Knowledge(num_examples=0, metrics={"accuracy": 0.0, "loss": 0.0})
     return Knowledge(

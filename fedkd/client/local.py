@@ -11,8 +11,10 @@ from fedkd.losses.response import cross_entropy
 from fedkd.payloads import Knowledge, Weights
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from fedkd.client.student import Student
-    from fedkd.data.batches import Batch
+    from fedkd.data.batches import ArrayData, Batch
     from fedkd.models import Outputs
 
 Aux = dict[str, Any]
@@ -106,3 +108,10 @@ class LocalTraining:
     def share(self, student: Student) -> Knowledge:
         """Return what the client sends back. Default: weights and the number of examples."""
         return Knowledge.of(student.weights(), num_examples=student.num_examples)
+
+    def predict(self, student: Student, data: ArrayData, ids: Tensor | np.ndarray) -> Tensor:
+        """Return the logits whose accuracy an evaluation reports, shape [n, C]. Default: the student's.
+
+        What came with the evaluation is in ``student.knowledge``.
+        """
+        return student.predict(data, ids)

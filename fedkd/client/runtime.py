@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 from flwr.app import Context
+from torch import nn
 
 from fedkd import plugins
 from fedkd.arrays import array_record
@@ -37,6 +38,7 @@ class Runtime:
         self.local: LocalTraining = self.method.local(self.method)
         self.device = pick_device(scenario.system.device)
         self._models: dict[str, SharedModel] = {}
+        self._modules: dict[str, nn.Module] = {}
 
     def student(self, partition_id: int, round: int, context: Context) -> Student:
         """Return a client's student with its memory, and its model as the client last knew it.
@@ -61,7 +63,7 @@ class Runtime:
             arch=arch,
             shared=shared,
             away={**shared.initial, **own},
-            data=federation.train,
+            data=federation.data_of(partition_id),
             shard=federation.shards[partition_id],
             test=federation.test,
             client=scenario.client,
@@ -70,6 +72,7 @@ class Runtime:
             device=self.device,
             augment=scenario.data.augment,
             proxy=federation.proxy if self.local.sees_proxy else None,
+            build=self.module,
             memory={k: v for k, v in memory.items() if not k.startswith(_MODEL)},
         )
 
@@ -83,12 +86,21 @@ class Runtime:
         elif MEMORY in context.state:
             del context.state[MEMORY]
 
+    def module(self, arch: str) -> nn.Module:
+        """Return this process's module of any architecture of the scenario, beside the students' own."""
+        if arch not in self._modules:
+            self._modules[arch] = self._built(arch)
+        return self._modules[arch]
+
+    def _built(self, arch: str) -> nn.Module:
+        model = build_student(self.scenario, self.federation.dataset, arch).to(self.device)
+        if self.scenario.client.channels_last and self.federation.dataset.kind == "image":
+            model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        return model
+
     def _model(self, arch: str) -> SharedModel:
         if arch not in self._models:
-            model = build_student(self.scenario, self.federation.dataset, arch).to(self.device)
-            if self.scenario.client.channels_last and self.federation.dataset.kind == "image":
-                model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-            self._models[arch] = SharedModel(model, self.scenario.models.buffers)
+            self._models[arch] = SharedModel(self._built(arch), self.scenario.models.buffers)
         return self._models[arch]
 
 

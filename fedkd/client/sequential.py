@@ -22,7 +22,7 @@ def train(task: Task) -> None:
     model.train()
     with torch.random.fork_rng(devices=[student.device] if student.device.type == "cuda" else []):
         _seed(torch_seed(student.seed, task.purpose, student.round, student.partition_id), student.device)
-        for batch, rate in zip(task.stream(), task.rates):
+        for step, (batch, rate) in enumerate(zip(task.stream(), task.rates), 1):
             with cast:
                 taught = []
                 if task.distinct:
@@ -47,6 +47,9 @@ def train(task: Task) -> None:
             history.append({name: value.detach() for name, value in named.items()})
             if len(named) > 1:
                 history.append({"loss": loss.detach()})
+            if task.stop is not None and step % task.every == 0 and task.stop():
+                task.batches = task.batches[:step]
+                break
     task.means = _means(history, len(task.batches))
 
 

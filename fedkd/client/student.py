@@ -14,7 +14,7 @@ from fedkd.client.shared import Frozen, SharedModel
 from fedkd.errors import KnowledgeError
 from fedkd.payloads import Knowledge, State, Weights
 from fedkd.seeds import Purpose, rng, torch_rng
-from fedkd.students import predict, snapshot
+from fedkd.students import collect, predict, snapshot
 
 if TYPE_CHECKING:
     from fedkd.data.batches import ArrayData
@@ -45,7 +45,8 @@ class Student:
         The student's state while it is not in the shared model; None while it is. Maybe read-only memory: replaced as
         a whole, never written to.
     data : ArrayData
-        All training data of the federation; the client's own are ``data`` at ``shard.train``.
+        All training data of the federation; the client's own are ``data`` at ``shard.train``. One that flips labels
+        sees wrong ones.
     shard : Split
         Ids of the client's samples for training, validation and test.
     test : ArrayData
@@ -62,6 +63,9 @@ class Student:
         Augmentation of private training images.
     proxy : ProxySet, optional
         The proxy set, if the method lets clients see it.
+    build : callable, optional
+        Returns a module of another architecture of the scenario by its name, for methods in which a client runs more
+        than its own model. Every client of the process gets the same one: load weights before use.
     trainer : str
         ``sequential``, or ``vectorised`` to be trained together with the other clients of a cohort where that is
         possible.
@@ -75,6 +79,11 @@ class Student:
         The weights that were loaded from it.
     teachers : list of callable
         Frozen teachers of this round: from a batch to its outputs.
+    public : Tensor, optional
+        Samples of the proxy set that are learnt together with the client's own in this round, int64 [n].
+    beside : int
+        Public samples that are added to the private batch of each step, which stays what it is without them; 0 = all
+        of them are shuffled among the private ones.
     tally : dict of str to Tensor
         Sums over the steps of this round, from the method's `observe`.
     metrics : dict of str to float
@@ -97,12 +106,15 @@ class Student:
     device: torch.device
     augment: str = "none"
     proxy: ProxySet | None = None
+    build: Callable[[str], nn.Module] | None = None
     trainer: str = "sequential"
     max_steps: int = 0
     memory: dict[str, Tensor] = field(default_factory=dict)
     knowledge: Knowledge = field(default_factory=Knowledge)
     received: State | None = None
     teachers: list[Teacher] = field(default_factory=list)
+    public: Tensor | None = None
+    beside: int = 0
     tally: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     samples: int = 0
@@ -129,6 +141,10 @@ class Student:
             self.shared.fill(state)
         else:
             self.away = {**self.away, **state}
+
+    def reset(self) -> None:
+        """Go back to the weights with which every client of the architecture starts."""
+        self.set_state(self.shared.initial)
 
     @property
     def num_examples(self) -> int:
@@ -201,6 +217,12 @@ class Student:
         if not len(ids):
             return torch.empty(0, self.num_classes)
         return predict(self.model, data, ids, device=self.device, channels_last=self.channels_last)
+
+    def collect(
+        self, data: ArrayData, ids: Tensor | np.ndarray, pick: Callable[[Outputs], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """Return what `pick` takes of the outputs in evaluation mode, for at least one sample; see `predict`."""
+        return collect(self.model, data, ids, pick, device=self.device, channels_last=self.channels_last)
 
     def _check(self, weights: Weights) -> None:
         if weights.arch != self.arch:

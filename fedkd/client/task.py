@@ -19,6 +19,7 @@ from fedkd.data.batches import ArrayData, Batch
 from fedkd.seeds import Purpose, torch_rng
 
 if TYPE_CHECKING:
+    from fedkd.client.stopping import EarlyStop
     from fedkd.models import Outputs
     from fedkd.scenario import Client
 
@@ -79,6 +80,10 @@ class Task:
         Augmentation of images.
     purpose : Purpose
         Seeds what the model draws itself (dropout).
+    stop : EarlyStop, optional
+        Asked after every pass whether to go on.
+    every : int
+        Steps in a pass.
     tally : dict of str to Tensor
         What came of `observe`.
     means : dict of str to float
@@ -96,6 +101,8 @@ class Task:
     terms: Sequence[ActiveTerm] = ()
     ids: np.ndarray | None = None
     augment: str = "none"
+    stop: EarlyStop | None = None
+    every: int = 0
     tally: dict[str, Tensor] = field(default_factory=dict)
     means: dict[str, float] = field(default_factory=dict)
 
@@ -115,6 +122,7 @@ class Task:
             and self.data is other.data
             and (self.loss, self.observe, self.augment) == (other.loss, other.observe, other.augment)
             and (self.ids is None) == (other.ids is None)
+            and (self.stop is None) == (other.stop is None)
             and [term.name for term in self.terms] == [term.name for term in other.terms]
             and (self._places, len(self.teachers)) == (other._places, len(other.teachers))
         )

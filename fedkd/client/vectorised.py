@@ -253,6 +253,8 @@ def _check(tasks: Sequence[Task]) -> None:
         raise CannotVectorise(reason)
     if any(not isinstance(one, Frozen) or one.shared is not shared for task in tasks for one in task.distinct):
         raise CannotVectorise("a teacher is no state of the student's own model")
+    if tasks[0].stop is not None:
+        raise CannotVectorise("each may stop early")
 
 
 @lru_cache(maxsize=256)

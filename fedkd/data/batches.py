@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +30,18 @@ class Batch(NamedTuple):
     x: Tensor
     y: Tensor
     ids: Tensor
+
+
+class Samples(Protocol):
+    """What batches are gathered from: `ArrayData`, or anything else that has samples by id."""
+
+    def __len__(self) -> int: ...
+
+    def gather(
+        self, ids: np.ndarray | Tensor, *, device: str | torch.device = "cpu", channels_last: bool = False
+    ) -> Batch:
+        """Return the samples `ids` as a batch on `device`."""
+        ...
 
 
 class ArrayData:
@@ -92,6 +104,10 @@ class ArrayData:
         rows = np.asarray(ids) if self.rows is None else self.rows[ids]
         y = None if self._labels is None or not labelled else self._labels[ids]
         return ArrayData(self.x, y, kind=self.kind, mean=self.mean, std=self.std, rows=rows)
+
+    def relabelled(self, y: np.ndarray) -> ArrayData:
+        """Return a view of all samples with other labels [N]."""
+        return ArrayData(self.x, y, kind=self.kind, mean=self.mean, std=self.std, rows=self.rows)
 
     def gather(
         self,

@@ -19,6 +19,7 @@ from fedkd.data import cache
 from fedkd.data.batches import ArrayData
 from fedkd.data.partition import Partition, check, partition
 from fedkd.data.partitioners import MANY, RULES
+from fedkd.data.poison import draw_attackers, flipped
 from fedkd.data.proxy import ProxySet, build_proxy, cut
 from fedkd.data.shards import Shards, Splits, position
 from fedkd.data.skew import Skew, label_counts, skew
@@ -56,6 +57,10 @@ class Federation:
         Ids of labelled training samples that only the server has, int64, maybe empty.
     notes : tuple of str
         What the partition had to retry or repair.
+    attackers : np.ndarray
+        Partition ids of the clients that attack, int64, ascending.
+    poisoned : ArrayData or None
+        Training samples with wrong labels, on which attackers train where they flip labels.
     """
 
     dataset: Dataset = field(repr=False)
@@ -66,6 +71,12 @@ class Federation:
     proxy: ProxySet | None
     server_labels: np.ndarray = field(repr=False)
     notes: tuple[str, ...] = ()
+    attackers: np.ndarray = field(repr=False, default_factory=lambda: np.empty(0, dtype=np.int64))
+    poisoned: ArrayData | None = field(repr=False, default=None)
+
+    def data_of(self, client: int) -> ArrayData:
+        """Return the training samples as a client sees them: with wrong labels, if it flips them."""
+        return self.train if self.poisoned is None or client not in self.attackers else self.poisoned
 
     @property
     def num_clients(self) -> int:
@@ -165,8 +176,9 @@ def build_federation(scenario: scenario.Scenario) -> Federation:
     DataError
         If data are not there or not as they should be.
     """
+    parts: dict[str, Any] = dict.fromkeys(("data", "partition", "proxy", "models", "attacks"), True)
     sections = scenario.model_copy(update={"name": "", "label": "", "description": ""}).model_dump_json(
-        include={"data": True, "partition": True, "proxy": True, "models": True, "run": {"seed"}}
+        include=parts | {"run": {"seed"}}
     )
     surroundings = [os.environ.get("FEDKD_DATA", ""), str(cache.cache_folder()), os.getcwd()]
     key = cache.digest(sections, surroundings)
@@ -195,15 +207,22 @@ def _build(setting: scenario.Scenario) -> Federation:
     )
     held_out, server_labels, rest = cut(setting.proxy, len(train), seed=seed)
     divided = _partition_once(dataset, rest, spec, seed)
+    shards = Splits(divided.indices, rest, spec.validation, spec.test, seed)
+    attacks, poison = setting.attacks, {}
+    if attacks.kind != "none":
+        poison["attackers"] = draw_attackers(attacks, shards.sizes, seed)
+    if attacks.kind == "label-flip":
+        poison["poisoned"] = train.relabelled(flipped(dataset.y_train, attacks.flip, dataset.num_classes))
     return Federation(
         dataset=dataset,
         train=train,
         test=test,
-        shards=Splits(divided.indices, rest, spec.validation, spec.test, seed),
+        shards=shards,
         archs=assign_architectures(setting.models.student, spec.clients, seed),
         proxy=build_proxy(setting.proxy, setting.data, dataset, train, held_out, seed=seed),
         server_labels=server_labels,
         notes=(*_absent(setting.data, dataset), *divided.notes, *_uncounted(spec.clients)),
+        **poison,
     )
 
 

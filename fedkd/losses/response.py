@@ -204,6 +204,54 @@ def kd(
     return loss * temperature**2 if t_squared and softened else loss
 
 
+def label_and_teacher(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    share: float,
+    taught: Tensor | None = None,
+) -> Tensor:
+    r"""Return a mixture of cross-entropy and distillation, mean over samples, at temperature 1.
+
+    :math:`\epsilon\,CE + (1 - \epsilon)\,KL(t \| s)` for samples that have a teacher, :math:`CE` for the others.
+
+    Parameters
+    ----------
+    student_logits, teacher_logits : Tensor
+        Shape [N, C].
+    labels : Tensor
+        Class indices, shape [N].
+    share : float
+        ε, the share of the labels, from 0 to 1.
+    taught : Tensor, optional
+        1.0 for samples that have a teacher and 0.0 for others, shape [N]; default: all have one.
+
+    Returns
+    -------
+    Tensor
+        Scalar.
+
+    Examples
+    --------
+    >>> student, teacher = torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([[9.0, 9.0], [9.0, 9.0]])
+    >>> loss = label_and_teacher(student, teacher, torch.tensor([0, 1]), share=0.25, taught=torch.tensor([1.0, 0.0]))
+    >>> round(loss.item(), 4)  # (0.25 log 2 + log 2) / 2
+    0.4332
+    """
+    taught = torch.ones_like(student_logits[:, 0]) if taught is None else taught
+    by_label = F.cross_entropy(at_least_float32(student_logits), labels, reduction="none")
+    by_teacher = kd(
+        student_logits,
+        teacher_logits,
+        temperature=1.0,
+        reduction="batchmean",
+        t_squared=False,
+        sample_weight=(1.0 - share) * taught,
+    )
+    return (by_label * (1.0 - (1.0 - share) * taught)).mean() + by_teacher
+
+
 def decoupled_kd(
     student_logits: Tensor,
     teacher_logits: Tensor,

@@ -9,8 +9,13 @@ clone them before changing them in place.
 """
 
 from fedkd.payloads.base import Payload, State, all_finite
+from fedkd.payloads.classes import ClassWeights, TeacherWeights
+from fedkd.payloads.codes import OutputCodec, QuantizedOutputs
 from fedkd.payloads.knowledge import CONFIG, KINDS, MAX_METRIC, METRICS, NUM_EXAMPLES, Knowledge
 from fedkd.payloads.outputs import ClassOutputs, ProxyOutputs, Request
+from fedkd.payloads.peers import PeerOutputs
+from fedkd.payloads.samples import LabelCounts, SampleScores
+from fedkd.payloads.samples_own import FeatureMaps, SampleKnowledge
 from fedkd.payloads.weights import Weights
 
 __all__ = [
@@ -20,11 +25,20 @@ __all__ = [
     "METRICS",
     "NUM_EXAMPLES",
     "ClassOutputs",
+    "ClassWeights",
+    "FeatureMaps",
     "Knowledge",
+    "LabelCounts",
+    "OutputCodec",
     "Payload",
+    "PeerOutputs",
     "ProxyOutputs",
+    "QuantizedOutputs",
     "Request",
+    "SampleKnowledge",
+    "SampleScores",
     "State",
+    "TeacherWeights",
     "Weights",
     "all_finite",
 ]

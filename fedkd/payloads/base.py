@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,16 @@ class Payload(ABC):
     @abstractmethod
     def meta(self) -> dict[str, Any]:
         """Scalars and strings as they travel."""
+
+    def with_outputs(self, change: Callable[[Tensor, str], Tensor]) -> Payload:
+        """Return a twin whose model outputs are changed; without any, by default, the payload itself.
+
+        Parameters
+        ----------
+        change : callable
+            From outputs [n, C] and their space, ``logits`` or ``probs``, to others of the same shape and space.
+        """
+        return self
 
 
 def all_finite(values: Tensor) -> bool:

@@ -11,7 +11,12 @@ from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from fedkd.arrays import array_record, view
 from fedkd.errors import KnowledgeError
 from fedkd.payloads.base import Payload
+from fedkd.payloads.classes import ClassWeights, TeacherWeights
+from fedkd.payloads.codes import QuantizedOutputs
 from fedkd.payloads.outputs import ClassOutputs, ProxyOutputs, Request
+from fedkd.payloads.peers import PeerOutputs
+from fedkd.payloads.samples import LabelCounts, SampleScores
+from fedkd.payloads.samples_own import FeatureMaps, SampleKnowledge
 from fedkd.payloads.weights import Weights
 
 METRICS = "metrics"
@@ -26,6 +31,14 @@ KINDS: dict[str, Any] = {
     "ProxyOutputs": ProxyOutputs,
     "ClassOutputs": ClassOutputs,
     "Request": Request,
+    "QuantizedOutputs": QuantizedOutputs,
+    "FeatureMaps": FeatureMaps,
+    "PeerOutputs": PeerOutputs,
+    "SampleKnowledge": SampleKnowledge,
+    "SampleScores": SampleScores,
+    "LabelCounts": LabelCounts,
+    "ClassWeights": ClassWeights,
+    "TeacherWeights": TeacherWeights,
 }
 
 
@@ -44,6 +57,7 @@ class Knowledge:
 
     Examples
     --------
+    >>> import torch
     >>> up = Knowledge.of(Request(torch.arange(5)), num_examples=3)
     >>> up.nbytes, "weights" in up
     ({'request': 20}, False)
@@ -81,6 +95,7 @@ class Knowledge:
 
         Examples
         --------
+        >>> import torch
         >>> Knowledge.of(Request(torch.arange(5))).get(Request).nbytes
         20
         """

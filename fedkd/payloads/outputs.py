@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,10 @@ class ProxyOutputs(Payload):
         """Rebuild from arrays and meta."""
         ids = torch.from_numpy(arrays["ids"].astype(np.int64))
         return cls(ids, torch.from_numpy(arrays["values"]), str(meta["space"]))
+
+    def with_outputs(self, change: Callable[[Tensor, str], Tensor]) -> ProxyOutputs:
+        """Return other outputs for the same samples."""
+        return replace(self, values=change(self.values, self.space))
 
     def check(self, num_classes: int, ids: Tensor, space: str) -> None:
         """Refuse outputs that were not asked for.
@@ -129,6 +133,11 @@ class ClassOutputs(Payload):
     def read(cls, kind: str, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> ClassOutputs:
         """Rebuild from arrays and meta."""
         return cls(torch.from_numpy(arrays["means"]), torch.from_numpy(arrays["counts"]), str(meta["space"]))
+
+    def with_outputs(self, change: Callable[[Tensor, str], Tensor]) -> ClassOutputs:
+        """Return other means for the classes that are present."""
+        means = torch.where(self.present.unsqueeze(1), change(self.means, self.space), self.means)
+        return replace(self, means=means)
 
     def check(self, num_classes: int, space: str) -> None:
         """Refuse a table of another size or space, with negative counts or with numbers that are not finite.

@@ -31,12 +31,19 @@ Row = dict[str, Any]
 
 _SEED = "run.seed"
 _NOT_METRICS = {"label", "values", "seed", "whose", "accuracy_after"}
-_ORDER = ["best", "final", "accuracy_after", "ensemble", "bytes_up", "bytes_down", "simulated_seconds", "seconds"]
+_ORDER = [
+    "best", "final", "accuracy_after", "ensemble", "clients_accuracy", "clients_worst_accuracy", "own_accuracy",
+    "own_worst_accuracy", "bytes_up", "bytes_down", "simulated_seconds", "seconds",
+]  # fmt: skip
 _TITLES = {
     "whose": "whose accuracy",
     "best": "best (%)",
     "final": "final (%)",
     "ensemble": "ensemble (%)",
+    "clients_accuracy": "clients, global test (%)",
+    "clients_worst_accuracy": "worst tenth, global test (%)",
+    "own_accuracy": "clients, own test (%)",
+    "own_worst_accuracy": "worst tenth, own test (%)",
     "bytes_up": "up",
     "bytes_down": "down",
     "simulated_seconds": "simulated seconds",
@@ -125,6 +132,55 @@ def aggregate(rows: Sequence[Mapping[str, Any]], by: Sequence[str] | None = None
         records.append(record)
     columns = [*keys, "seeds", *(f"{metric}_{part}" for metric in metrics for part in ("mean", "sd"))]
     return pd.DataFrame(records, columns=columns)
+
+
+def pivot(rows: Sequence[Mapping[str, Any]], across: str, metric: str = "final") -> pd.DataFrame:
+    """Group cells as `aggregate` does, and lay the values of one key of the sweep side by side.
+
+    Parameters
+    ----------
+    rows : Sequence[Row]
+        One row per finished cell.
+    across : str
+        A key of the sweep whose values become columns.
+    metric : str
+        What the cells show.
+
+    Returns
+    -------
+    pandas.DataFrame
+        The other columns that name a group, and for each value ``<key> <value>: <metric>_mean`` and ``_sd``, NaN where
+        there is no run. Headings of tables name the value alone.
+
+    Raises
+    ------
+    ValueError
+        No row has the key or the metric.
+
+    Examples
+    --------
+    >>> rows = [{"label": "fd", "seed": 0, "final": a, "values": {"alpha": a}} for a in (0.5, 0.25)]
+    >>> print(to_markdown(pivot(rows, "alpha")))
+    | label | alpha 0.5 | alpha 0.25 |
+    | :---- | --------: | ---------: |
+    | fd    |      50.0 |       25.0 |
+    <BLANKLINE>
+    """
+    import pandas as pd
+
+    if metric not in (known := _metrics(rows)):
+        raise ValueError(f"no row has the metric {metric!r}; there are {', '.join(known)}")
+    keys = list(dict.fromkeys([*_varying(rows), across]))
+    df = aggregate(rows, keys)
+    named = [key for key in (*keys, "whose") if key in df.columns and key != across]
+    name = across.rpartition(".")[2]
+    records: dict[str, dict[str, Any]] = {}
+    for line in df.to_dict("records"):
+        record = records.setdefault(_text([line[key] for key in named]), {key: line[key] for key in named})
+        for part in ("mean", "sd"):
+            record[f"{name} {line[across]}: {metric}_{part}"] = line[f"{metric}_{part}"]
+    columns = dict.fromkeys(f"{name} {value}: {metric}_{part}" for value in df[across] for part in ("mean", "sd"))
+    return pd.DataFrame(list(records.values()), columns=[*named, *columns])
 
 
 def to_markdown(df: pd.DataFrame) -> str:
@@ -434,7 +490,7 @@ def _render(df: pd.DataFrame) -> tuple[list[str], list[list[str]], list[bool]]:
     for name in map(str, df.columns):
         metric = name.removesuffix("_mean")
         if metric != name and f"{metric}_sd" in df.columns:
-            titles.append(_title(metric))
+            titles.append(title_of(metric))
             columns.append([_mean_sd(metric, m, s) for m, s in zip(df[name], df[f"{metric}_sd"])])
             numeric.append(True)
         elif not (name.endswith("_sd") and f"{name.removesuffix('_sd')}_mean" in df.columns):
@@ -444,8 +500,10 @@ def _render(df: pd.DataFrame) -> tuple[list[str], list[list[str]], list[bool]]:
     return titles, [list(line) for line in zip(*columns)], numeric
 
 
-def _title(metric: str) -> str:
-    """Return the heading of a metric."""
+def title_of(metric: str) -> str:
+    """Return the heading of a metric, of one for a single value of a key (see `pivot`) that value."""
+    if ": " in metric:
+        return metric.partition(": ")[0]
     if metric in _TITLES:
         return _TITLES[metric]
     if metric.startswith("after_"):
@@ -462,7 +520,7 @@ def _mean_sd(metric: str, mean: float, sd: float) -> str:
     """Return "71.3 ± 1.2" in the unit of the metric; without a deviation if there is none to speak of."""
     if np.isnan(mean):
         return _MISSING
-    unit = ""
+    metric, unit = metric.rpartition(": ")[2], ""
     if metric.startswith("bytes"):
         factor, name, digits = _byte_unit(mean)
         mean, sd, unit = mean / factor, sd / factor, f" {name}"

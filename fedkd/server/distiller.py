@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedkd.data.batches import ArrayData, epoch_order, step_order
+from fedkd.data.batches import Batch, Samples, epoch_order, step_order
 from fedkd.data.proxy import ProxySet
 from fedkd.errors import KnowledgeError, RunError, ScenarioError
 from fedkd.losses.response import kd
@@ -21,6 +21,7 @@ from fedkd.students import autocast, borrowed, reestimate_norms
 from fedkd.wording import did_you_mean
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
+Loss = Callable[[Tensor, Tensor, Batch], Tensor]
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,22 @@ class Distiller:
     kind : str
         ``kl``, ``soft_ce``, ``mse`` or ``mae``; see `fedkd.losses.response.kd`.
     optimizer : str
-        ``adam`` or ``sgd``, fresh in every `fit`.
+        ``adam`` or ``sgd``, fresh in every `fit` unless its state is carried from one to the next.
     lr : float
         Learning rate of the first step.
     momentum : float
         Momentum of SGD, in [0, 1).
     weight_decay : float
         L2 weight decay.
+    amsgrad : bool
+        Adam's variant that keeps the largest second moment (Reddi et al. 2018).
     schedule : str
-        ``constant``, or ``cosine`` from `lr` towards 0 over all steps.
+        ``constant``; ``cosine`` from `lr` towards 0 over all steps; ``cyclic`` in straight lines from `lr` to `lr_low`,
+        which is reached at the last step of every `cycle` (Izmailov et al. 2018), where `swa` takes its snapshots.
+    lr_low : float
+        Learning rate of a cycle's last step.
+    cycle : int
+        Steps in a cycle.
     steps : int
         Optimiser steps; 0 = use `epochs`.
     epochs : int
@@ -90,6 +98,8 @@ class Distiller:
         ``last``; ``best`` on validation, which is the last one where there is no validation; ``swa``, the
         mean of snapshots of the weights (Izmailov et al. 2018), which is the last one if there were no
         snapshots.
+    compare_start : bool
+        With ``best``: whether the student as it came is returned if no score on the way was as high as its own.
     swa_start, swa_every : int
         Steps after which the first snapshot is taken, and steps between snapshots.
     norm_buffers : str
@@ -117,7 +127,10 @@ class Distiller:
     lr: float = 1e-3
     momentum: float = 0.0
     weight_decay: float = 0.0
-    schedule: Literal["constant", "cosine"] = "cosine"
+    amsgrad: bool = False
+    schedule: Literal["constant", "cosine", "cyclic"] = "cosine"
+    lr_low: float = 0.0
+    cycle: int = 25
     steps: int = 10_000
     epochs: int = 1
     batch_size: int = 128
@@ -125,6 +138,7 @@ class Distiller:
     check_every: int = 100
     patience: int = 1_000
     returns: Literal["last", "best", "swa"] = "best"
+    compare_start: bool = False
     swa_start: int = 500
     swa_every: int = 25
     norm_buffers: Literal["train", "frozen", "reestimate"] = "train"
@@ -137,7 +151,7 @@ class Distiller:
             "reduction": ("batchmean", "mean_all"),
             "kind": ("kl", "soft_ce", "mse", "mae"),
             "optimizer": ("adam", "sgd"),
-            "schedule": ("constant", "cosine"),
+            "schedule": ("constant", "cosine", "cyclic"),
             "returns": ("last", "best", "swa"),
             "norm_buffers": ("train", "frozen", "reestimate"),
             "precision": ("fp32", "bf16"),
@@ -152,10 +166,10 @@ class Distiller:
         for name in ("temperature", "lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ScenarioError(f"distiller: {name} must be > 0, is {getattr(self, name)}")
-        for name in ("weight_decay", "clip", "steps", "epochs", "patience", "swa_start"):
+        for name in ("lr_low", "weight_decay", "clip", "steps", "epochs", "patience", "swa_start"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ScenarioError(f"distiller: {name} must be >= 0, is {getattr(self, name)}")
-        for name in ("batch_size", "check_every", "swa_every"):
+        for name in ("batch_size", "check_every", "swa_every", "cycle"):
             if not getattr(self, name) >= 1:
                 raise ScenarioError(f"distiller: {name} must be at least 1, is {getattr(self, name)}")
         if not 0 <= self.momentum < 1:
@@ -166,12 +180,15 @@ class Distiller:
     def fit(
         self,
         model: nn.Module,
-        data: ArrayData | ProxySet,
+        data: Samples | ProxySet,
         targets: Targets,
         *,
         generator: np.random.Generator,
         validate: Callable[[nn.Module], float] | None = None,
         on_step: Callable[[int, Tensor], None] | None = None,
+        loss: Loss | None = None,
+        order: Sequence[np.ndarray] | None = None,
+        carried: dict[str, dict[str, Tensor]] | None = None,
     ) -> DistillReport:
         """Train `model` in place.
 
@@ -180,7 +197,7 @@ class Distiller:
         model : nn.Module
             The student; ``forward(x)`` returns `fedkd.models.Outputs`. Every module has its mode (train or
             eval) again afterwards.
-        data : ArrayData or ProxySet
+        data : Samples or ProxySet
             The samples. Only those with targets are drawn.
         targets : Targets
             Targets by sample id.
@@ -192,6 +209,14 @@ class Distiller:
         on_step : callable, optional
             Called after each step with the number of steps and the loss, a scalar on the device: reading its
             value waits for the device.
+        loss : callable, optional
+            ``loss(logits [B, C], target [B, C], batch)``, a scalar, instead of the distance that the settings
+            describe; the batch tells labels and sample ids.
+        order : sequence of np.ndarray, optional
+            Rows of the targets for every step, instead of `steps` or `epochs` of random batches.
+        carried : dict, optional
+            State of the optimiser by parameter: where it has any, the optimiser goes on from it; afterwards it holds
+            the new one, on the CPU. Empty for a fresh start.
 
         Returns
         -------
@@ -212,7 +237,7 @@ class Distiller:
             raise KnowledgeError("nothing to distil: no sample has a target")
         # Dropout draws from torch's global generator, which is therefore seeded here and restored afterwards.
         seed = int(generator.integers(2**63))
-        batches = self._batches(model, len(targets), generator)
+        batches = list(order) if order is not None else self._batches(model, len(targets), generator)
         device = torch.device(self.device)
         with (
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
@@ -225,7 +250,8 @@ class Distiller:
                 model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
             if not _finite_weights(model):
                 raise RunError("the student has weights that are not finite before its distillation starts")
-            return self._train(model, array, targets, batches, validate, on_step)
+            loss = loss or self._distance(targets.space)
+            return self._train(model, array, targets, batches, validate, on_step, loss, carried)
 
     def _batches(self, model: nn.Module, samples: int, generator: np.random.Generator) -> list[np.ndarray]:
         """Rows of the targets for every step."""
@@ -248,20 +274,27 @@ class Distiller:
     def _train(
         self,
         model: nn.Module,
-        data: ArrayData,
+        data: Samples,
         targets: Targets,
         batches: list[np.ndarray],
         validate: Callable[[nn.Module], float] | None,
         on_step: Callable[[int, Tensor], None] | None,
+        loss: Loss,
+        carried: dict[str, dict[str, Tensor]] | None,
     ) -> DistillReport:
         values = targets.values.to(self.device)
         ids = targets.ids.cpu()
         optimizer = self._optimizer(model)
+        if carried:
+            _resume(optimizer, model, carried)
         parameters = list(model.parameters())
         first = last = total = torch.zeros((), device=self.device)
         best_score, best_step, best_state = None, 0, None
         snapshots = StateMean("the student")
         step, stopped = 0, False
+        start = None
+        if self.compare_start and self.returns == "best" and validate is not None:
+            start = self._score(model, validate), _copy(model)
         self._training_mode(model)
         for rows in batches:
             for group in optimizer.param_groups:
@@ -270,15 +303,7 @@ class Distiller:
             batch = data.gather(ids[at], device=self.device, channels_last=self.channels_last)
             with autocast(self.precision, self.device):
                 logits = model(batch.x).logits
-            last = kd(
-                logits,
-                values[at.to(values.device)],
-                temperature=self.temperature,
-                reduction=self.reduction,
-                t_squared=self.t_squared,
-                target_space="logits" if targets.space == "logits" else "probs",
-                kind=self.kind,
-            )
+            last = loss(logits, values[at.to(values.device)], batch)
             optimizer.zero_grad(set_to_none=True)
             last.backward()
             if self.clip:
@@ -307,6 +332,8 @@ class Distiller:
             elif self.patience and step - best_step >= self.patience:
                 stopped = True
                 break
+        if start is not None and (best_score is None or start[0] > best_score):
+            (best_score, best_state), best_step = start, 0
         if best_state is not None:
             model.load_state_dict(best_state)
         elif snapshots.count:
@@ -320,17 +347,40 @@ class Distiller:
                 batch_size=self.batch_size,
                 channels_last=self.channels_last,
             )
+        if carried is not None:
+            carried.clear()
+            carried.update(_memory(optimizer, model))
         return DistillReport(step, float(first), float(last), best_score, best_step, stopped)
+
+    def _distance(self, space: str) -> Loss:
+        """Return the loss that the settings describe, for targets in a space."""
+
+        def distance(logits: Tensor, target: Tensor, batch: Batch) -> Tensor:
+            return kd(
+                logits,
+                target,
+                temperature=self.temperature,
+                reduction=self.reduction,
+                t_squared=self.t_squared,
+                target_space="logits" if space == "logits" else "probs",
+                kind=self.kind,
+            )
+
+        return distance
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         if self.optimizer == "adam":
             # Fused: one call for all tensors instead of a dozen for each, a twentieth of a small model's step.
-            return torch.optim.Adam(model.parameters(), lr=self.lr, weight_decay=self.weight_decay, fused=True)
+            return torch.optim.Adam(
+                model.parameters(), lr=self.lr, weight_decay=self.weight_decay, amsgrad=self.amsgrad, fused=True
+            )
         return torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
     def _rate(self, step: int, steps: int) -> float:
         if self.schedule == "cosine":
             return self.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        if self.schedule == "cyclic":
+            return self.lr + (self.lr_low - self.lr) * (step % self.cycle + 1) / self.cycle
         return self.lr
 
     def _training_mode(self, model: nn.Module) -> None:
@@ -347,9 +397,9 @@ class Distiller:
         self._training_mode(model)
         return -math.inf if math.isnan(score) else score
 
-    def _diverged(self, data: ArrayData, ids: Tensor, step: int) -> RunError:
+    def _diverged(self, data: Samples, ids: Tensor, step: int) -> RunError:
         """Say why the loss is not finite; targets and first weights have been checked before."""
-        for rows in ids.split(512):
+        for rows in ids.split(1):  # not all need have one shape
             finite = torch.isfinite(data.gather(rows).x.flatten(1).float()).all(1)
             if not bool(finite.all()):
                 return RunError(
@@ -365,6 +415,30 @@ class Distiller:
 def _finite_weights(model: nn.Module) -> bool:
     sums = [parameter.detach().sum() for parameter in model.parameters()]
     return not sums or bool(torch.isfinite(torch.stack(sums)).all())
+
+
+def _memory(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Return the optimiser's state by the names of the parameters, on the CPU."""
+    return {
+        name: {
+            key: value.detach().to("cpu", copy=True)
+            for key, value in optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _resume(optimizer: torch.optim.Optimizer, model: nn.Module, memory: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Let a fresh optimiser go on from what `_memory` returned."""
+    for name, parameter in model.named_parameters():
+        # All but Adam's count of steps gets the parameter's memory layout.
+        optimizer.state[parameter] = {
+            key: torch.empty_like(parameter).copy_(value)
+            if value.shape == parameter.shape
+            else value.to(parameter.device, copy=True)
+            for key, value in memory.get(name, {}).items()
+        }
 
 
 def _copy(model: nn.Module) -> dict[str, Tensor]:

@@ -41,15 +41,14 @@ class Ensemble:
     space : str
         What is reduced: ``logits``, ``probs`` (softmax of logits at `temperature`), or ``votes`` (one-hot argmax).
     reduce : str or callable
-        ``mean``, ``median`` and ``trimmed`` (of every coordinate; a fifth of the members off at each end),
-        ``geometric`` (median), or any `Reduce`, such as ``trimmed(0.1)``. Medians of probabilities are
-        renormalised.
+        ``mean``, ``median`` and ``trimmed`` (of every coordinate; a fifth of the weight off at each end),
+        ``geometric`` (median), ``spectral`` (filter), or any `Reduce`, such as ``trimmed(0.1)``. Medians of
+        probabilities are renormalised.
     weights : optional
         None for the members' own ``weight``; shape [K]; [K, C] for each class; [K, N] for each sample of the
         data, in the order of sample ids; ``entropy`` (softmax over members of 1/H, FedGEMS) or
         ``inverse-entropy``; or a `Score`, the logarithm of a member's weight from its probabilities. They
-        need not sum to one. Median and trimmed mean count every member once: they take no weights, and leave
-        out members of own weight 0.
+        need not sum to one.
     per : str, optional
         ``class`` or ``sample``: what the second dimension of weights is. Needed without data, or
         if there are as many samples as classes.
@@ -83,7 +82,7 @@ class Ensemble:
         members: Sequence[Member],
         *,
         space: Literal["logits", "probs", "votes"] = "logits",
-        reduce: Literal["mean", "median", "trimmed", "geometric"] | Reduce = "mean",
+        reduce: Literal["mean", "median", "trimmed", "geometric", "spectral"] | Reduce = "mean",
         weights: str | Sequence[float] | np.ndarray | Tensor | Score | None = None,
         per: Literal["class", "sample"] | None = None,
         temperature: float = 1.0,
@@ -317,8 +316,6 @@ class Ensemble:
             if not any(member.weight for member in self.members):
                 raise ScenarioError("ensemble: the weights of all members are 0")
             return
-        if self.reduce in ("median", "trimmed"):
-            raise ScenarioError(f"ensemble: reduce {self.reduce!r} takes no weights: it counts every member once")
         if isinstance(weights, str):
             rules = {"entropy": "softmax", "inverse-entropy": "inverse"}
             if weights not in rules:

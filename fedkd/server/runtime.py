@@ -63,6 +63,7 @@ class ServerRuntime:
         self.clock = make_clock(scenario)
         self.traffic: dict[str, Counter[str]] = {"up": Counter(), "down": Counter()}
         self._models: dict[str, tuple[nn.Module, State]] = {}
+        self._compute: Compute | None = None
 
     @property
     def seed(self) -> int:
@@ -139,10 +140,12 @@ class ServerRuntime:
         """Whether image batches use the channels-last layout."""
         return self.scenario.client.channels_last and self.federation.dataset.kind == "image"
 
-    @cached_property
+    @property
     def compute(self) -> Compute:
-        """Computes models' outputs on the workers."""
-        return Compute(self.scenario, self.grid, self.federation)
+        """Computes models' outputs on the workers of the grid that there is now: a preflight may replace it."""
+        if self._compute is None or self._compute.grid is not self.grid or self._compute.scenario is not self.scenario:
+            self._compute = Compute(self.scenario, self.grid, self.federation)
+        return self._compute
 
     def predict(self, arch: str, state: State, data: ArrayData) -> Tensor:
         """Return a model's logits on all of `data`, in evaluation mode, float32 on the CPU, shape [N, C]."""
@@ -164,6 +167,11 @@ class ServerRuntime:
         ids, labels = self._labelled
         for logits in self.compute.logits([upload.message for upload in uploads], self.federation.train, ids):
             yield float((logits.argmax(1) == labels).double().mean())
+
+    def label_logits(self, arch: str, state: State) -> tuple[Tensor, Tensor]:
+        """Return a model's logits on the server's labelled samples, float32 [n, C], and their labels, int64 [n]."""
+        ids, labels = self._labelled
+        return self.compute.member(Weights(state, arch)).outputs(self.federation.train, ids), labels
 
     @cached_property
     def _labelled(self) -> tuple[Tensor, Tensor]:

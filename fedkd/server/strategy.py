@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
+from torch import Tensor
 
 from fedkd.arrays import array_record
 from fedkd.client.local import LocalTraining
@@ -20,10 +21,12 @@ from fedkd.payloads import Knowledge, State, Weights
 from fedkd.seeds import Purpose, rng
 from fedkd.server.averaging import Averages
 from fedkd.server.compute import ComputedMember
+from fedkd.server.distiller import Distiller
 from fedkd.server.ensemble import Ensemble
 from fedkd.server.evaluation import Predict, agreement, predictions, scores, spread
 from fedkd.server.runtime import ServerRuntime
 from fedkd.server.selection import draw, how_many, select
+from fedkd.server.targets import Targets
 from fedkd.server.totals import Total
 from fedkd.server.uploads import Held, Upload, Uploads, sum_up
 
@@ -51,6 +54,21 @@ class DistillationStrategy(Strategy):
     heterogeneous: ClassVar[bool] = False
     pitfalls: ClassVar[str] = ""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    distils_on: ClassVar[Literal["", "clients", "server", "both"]] = ""
+    """Where knowledge is distilled; empty = nowhere."""
+
+    server_data: ClassVar[str] = ""
+    """Data that the server needs beside the clients', in words; empty = none."""
+
+    client_data: ClassVar[str] = ""
+    """Data that clients need beside their own, in words; empty = none."""
+
+    differences: ClassVar[str] = ""
+    """Where paper and released code differ, which of them the defaults follow, and what is assumed."""
+
+    verified: ClassVar[str] = ""
+    """How the implementation was checked."""
 
     local: ClassVar[type[LocalTraining]] = LocalTraining
     """Client half of the method."""
@@ -173,6 +191,40 @@ class DistillationStrategy(Strategy):
     def teachers(self) -> list[ComputedMember]:
         """Return this round's uploaded models as members of an ensemble; the workers run them."""
         return [self.server.compute.member(upload.message) for upload in self.members]
+
+    def distiller(self, **settings: Any) -> Distiller:
+        """Return a distiller with the server's device, memory layout and precision."""
+        server = self.server
+        layout = {"device": server.device, "channels_last": server.channels_last}
+        return Distiller(**layout, precision=server.scenario.system.server_precision, **settings)
+
+    def distill_students(
+        self, distiller: Distiller, targets: Targets, carried: dict[str, dict[str, dict[str, Tensor]]] | None = None
+    ) -> None:
+        """Distil every student towards targets for the proxy set; what happened becomes part of the round's event.
+
+        Parameters
+        ----------
+        distiller : Distiller
+            How. Students are validated on the server labels, where there are any.
+        targets : Targets
+            The same for all of them.
+        carried : dict, optional
+            States of the optimisers by architecture, which go on from round to round; see `Distiller.fit`.
+        """
+        server = self.server
+        for arch, state in self.students.items():
+            model = server.model(arch, state)
+            report = distiller.fit(
+                model,
+                server.proxy.data,
+                targets,
+                generator=self.rng(Purpose.DISTILLATION),
+                validate=server.label_accuracy if server.has_labels else None,
+                carried=None if carried is None else carried.setdefault(arch, {}),
+            )
+            self.students = {**self.students, arch: server.state_of(model)}
+            self.distilled[arch] = asdict(report)
 
     def exchange(
         self,
@@ -306,7 +358,7 @@ class DistillationStrategy(Strategy):
         clock.append(time.perf_counter())
         seconds = dict(zip(("train", "distill", "evaluate"), np.diff(clock).round(4).tolist(), strict=True))
         traffic = {
-            way: {kind: total - before[way].get(kind, 0) for kind, total in kinds.items()}
+            way: {kind: sent for kind, total in kinds.items() if (sent := total - before[way].get(kind, 0))}
             for way, kinds in server.traffic.items()
         }
         record = {
@@ -396,6 +448,7 @@ class DistillationStrategy(Strategy):
         measured: dict[str, Any] = {name: scores(out, labels) for name, out in logits.items()}
         if not self.shares_weights:
             measured["clients"] = self.evaluate_clients(federation.eligible, on="global")
+            measured |= self.measure()
         if run.evaluate_clients != "none":
             chosen = self.selected if run.evaluate_clients == "selected" else federation.eligible
             measured["clients-local"] = self.evaluate_clients(chosen, on="local")
@@ -407,6 +460,13 @@ class DistillationStrategy(Strategy):
             record["agreement"] = sum(measured[name]["agreement"] for name in students) / len(students)
         return record
 
+    def measure(self) -> dict[str, dict[str, float]]:
+        """Return more scores that clients measure on the global test set, by whose they are. Default: none.
+
+        For methods without a global model, in which clients can be evaluated in more than one way.
+        """
+        return {}
+
     def headline(self, measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Return the accuracy that tables show, and whose it is."""
         for whose in ("server", "clients"):
@@ -417,26 +477,36 @@ class DistillationStrategy(Strategy):
             return {"accuracy": sum(servers) / len(servers), "whose": f"mean of {len(servers)} server models"}
         return {}
 
-    def evaluate_clients(self, partition_ids: Iterable[int], on: Literal["local", "global"]) -> dict[str, float]:
+    def evaluate_clients(
+        self,
+        partition_ids: Iterable[int],
+        on: Literal["local", "global"],
+        knowledge_for: Callable[[int], Knowledge] | None = None,
+    ) -> dict[str, float]:
         """Let clients evaluate: the global model if there is one, else their own.
 
         Parameters
         ----------
         partition_ids : iterable of int
-            The clients.
+            The clients; those that attack are left out, as nobody wants to know how well they do.
         on : str
             ``local`` for each client's own test split, ``global`` for the global test set.
+        knowledge_for : callable, optional
+            What a client gets for it, by partition id; default: the global model if there is one, else nothing.
 
         Returns
         -------
         dict
             ``accuracy`` (mean over clients), ``worst_decile``, ``clients``; empty if nobody has test data.
         """
-        chosen = [int(p) for p in partition_ids]
         server = self.server
+        attackers = set(server.federation.attackers.tolist())
+        chosen = [p for p in map(int, partition_ids) if p not in attackers]
         models = {arch: Knowledge.of(Weights(state, arch)) for arch, state in self.students.items()}
         nothing = Knowledge()
         knowledge = {p: models[server.federation.archs[p]] if self.shares_weights else nothing for p in chosen}
+        if knowledge_for is not None:
+            knowledge = {p: knowledge_for(p) for p in chosen}
         traffic = {way: kinds.copy() for way, kinds in server.traffic.items()}
         replies = server.exchange("evaluate", knowledge, round=self.round, checks=[_check_accuracy], config={"on": on})
         accuracies = [u.knowledge.metrics["accuracy"] for u in replies if u.num_examples]

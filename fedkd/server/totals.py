@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from fedkd.errors import KnowledgeError
-from fedkd.payloads import ProxyOutputs
+from fedkd.payloads import LabelCounts, ProxyOutputs
 from fedkd.server.uploads import Upload
 
 
@@ -87,3 +87,61 @@ class OutputMeans(Total):
         if not self.count:
             raise KnowledgeError("nothing to average: no uploads")
         return self.sums / self.count
+
+
+class Several(Total):
+    """Several sums of the same uploads.
+
+    Parameters
+    ----------
+    **parts : Total
+        Empty sums, found again in ``parts`` by name. An upload that one of them refuses is added to none.
+    """
+
+    def __init__(self, **parts: Any) -> None:
+        self.parts: dict[str, Any] = parts
+
+    def empty(self) -> Self:
+        """Return another one with the same settings."""
+        return type(self)(**{name: part.empty() for name, part in self.parts.items()})
+
+    def check(self, upload: Upload) -> None:
+        """Refuse what any of the sums refuses."""
+        for part in self.parts.values():
+            part.check(upload)
+
+    def add(self, upload: Upload) -> None:
+        """Add an upload to all of them."""
+        for part in self.parts.values():
+            part.add(upload)
+
+    def merge(self, other: Self) -> None:
+        """Merge sum by sum."""
+        for name, part in self.parts.items():
+            part.merge(other.parts[name])
+
+
+class LabelTable(Total):
+    """Label counts of every client, by partition id, in ``rows``.
+
+    Parameters
+    ----------
+    num_classes : int
+        Classes of the task.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.rows: dict[int, Tensor] = {}
+
+    def check(self, upload: Upload) -> None:
+        """Refuse counts of other classes, negative ones, and such as do not sum to the examples behind the upload."""
+        upload.knowledge.get(LabelCounts).check(self.num_classes, upload.num_examples)
+
+    def add(self, upload: Upload) -> None:
+        """Keep an upload's counts."""
+        self.rows[upload.partition_id] = upload.knowledge.get(LabelCounts).counts
+
+    def merge(self, other: Self) -> None:
+        """Keep those of other clients."""
+        self.rows = {**self.rows, **other.rows}

@@ -92,6 +92,29 @@ def by_certainty(scores: np.ndarray | Tensor) -> Tensor:
     return _columns(_non_negative(scores, "certainty scores", dims=2))
 
 
+def above_outliers(scores: Sequence[float], width: float = 1.5) -> list[bool]:
+    """Return which scores are no outliers below: at least mean - width · sd of all but the best (FedDF's code).
+
+    Parameters
+    ----------
+    scores : sequence of float
+        Accuracies of the members, say. Of fewer than three none is an outlier.
+    width : float
+        Standard deviations (of the population) that are allowed.
+
+    Examples
+    --------
+    Without the best, 0.9: mean 0.5, standard deviation 0.2, so the limit is 0.2.
+
+    >>> above_outliers([0.9, 0.6, 0.6, 0.6, 0.6, 0.1])
+    [True, True, True, True, True, False]
+    """
+    if len(scores) < 3:
+        return [True] * len(scores)
+    rest = np.sort(np.asarray(scores, dtype=np.float64))[:-1]
+    return [bool(score >= rest.mean() - width * rest.std()) for score in scores]
+
+
 def by_entropy(probs: Tensor, rule: Literal["softmax", "inverse"] = "softmax", mask: Tensor | None = None) -> Tensor:
     """Return weights for each sample that fall with the entropy H of a member's prediction.
 

@@ -425,3 +425,75 @@ def test_no_targets() -> None:
 def test_settings_are_checked_at_construction(options: dict, reason: str) -> None:
     with pytest.raises(ScenarioError, match=reason):
         plain(**options)
+
+
+# --- cycles, a start that is compared, an optimiser that goes on ----------------------------------------------
+
+
+def test_cycles_of_the_learning_rate_by_hand() -> None:
+    # mae with a far target: every step of SGD adds its rate. Cycles of 4 from 0.8 to 0.2: 0.65, 0.5, 0.35, 0.2
+    model, weights = Net(1, 1), []
+    plain(steps=6, kind="mae", lr=0.8, schedule="cyclic", lr_low=0.2, cycle=4).fit(
+        model,
+        vectors([[1.0]]),
+        targets_for([[99.0]]),
+        generator=generator(),
+        on_step=lambda step, loss: weights.append(model.head.weight.item()),
+    )
+    assert np.diff([0.0, *weights]).tolist() == pytest.approx([0.65, 0.5, 0.35, 0.2, 0.65, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("compare", "scores", "best"),
+    [
+        (True, [0.9, 0.5, 0.8], 0),
+        (True, [0.9, 0.5, 0.9], 2),  # as good as the start is good enough
+        (True, [0.4, 0.5, 0.3], 1),
+        (False, [0.5, 0.3], 1),
+    ],
+)
+def test_a_start_that_nothing_equals_is_returned(compare: bool, scores: list[float], best: int) -> None:
+    validate, seen = scripted(scores)
+    model = Net(3, 4)
+    report = plain(steps=2, check_every=1, returns="best", compare_start=compare).fit(
+        model, gaussian(20), noise_targets(20), generator=generator(), validate=validate
+    )
+    at = best if compare else best - 1
+    assert (report.best_step, report.best_score, len(seen)) == (best, scores[at], len(scores))
+    assert torch.equal(model.head.weight, seen[at])
+
+
+@pytest.mark.parametrize("options", [{"optimizer": "adam"}, {"optimizer": "sgd", "momentum": 0.9}, {}])
+def test_two_fits_that_carry_the_optimiser_are_one_long_fit(options: dict) -> None:
+    data, targets = gaussian(8), noise_targets(8)
+    settings = {"batch_size": 8, "lr": 0.05, **options}
+    whole, halves, fresh = Net(3, 4), Net(3, 4), Net(3, 4)
+    order = [np.arange(8)] * 6
+    plain(**settings).fit(whole, data, targets, generator=generator(), order=order)
+    carried: dict = {}
+    for _ in range(2):
+        plain(**settings).fit(halves, data, targets, generator=generator(), order=order[:3], carried=carried)
+        plain(**settings).fit(fresh, data, targets, generator=generator(), order=order[:3])
+    assert torch.equal(whole.head.weight, halves.head.weight)
+    assert torch.equal(whole.head.weight, fresh.head.weight) == (not options)
+    assert carried.keys() == {"head.weight"}
+
+
+def test_the_state_of_an_optimiser_goes_through_a_checkpoint(tmp_path) -> None:
+    from fedkd import checkpoint
+
+    images = np.random.default_rng(0).integers(0, 256, (24, 8, 8), dtype=np.uint8)
+    data = ArrayData(images, kind="image", mean=(0.5,), std=(0.25,))
+    ends = []
+    for through_disk in (False, True):
+        model = build("cnn", num_classes=3, input_shape=(1, 8, 8), kind="image")
+        carried: dict = {}
+        for _ in range(2):
+            plain(optimizer="adam", steps=3, batch_size=8, lr=0.01, channels_last=True).fit(
+                model, data, noise_targets(24, 3), generator=generator(), carried=carried
+            )
+            if through_disk:
+                checkpoint.save(carried, tmp_path)
+                carried = checkpoint.load(tmp_path)
+        ends.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    assert torch.equal(*ends)

@@ -18,7 +18,7 @@ from fedkd.models import Outputs, build
 from fedkd.server import ensemble as module
 from fedkd.server.ensemble import Ensemble
 from fedkd.server.members import Member, ModelMember, StoredMember
-from fedkd.server.reduces import geometric, trimmed
+from fedkd.server.reduces import geometric, spectral, trimmed
 from fedkd.server.targets import Targets
 from fedkd.server.transforms import Argmax, Era, Power, Softmax, era, sharpen
 from fedkd.server.weighting import by_class, by_entropy
@@ -204,6 +204,72 @@ def test_geometric_median_with_weights_and_bounded_iterations() -> None:
     assert start == pytest.approx([16 / 7, 4 / 7])
 
 
+def test_weighted_median_and_trimmed_mean() -> None:
+    # Like five members 1, 2, 2, 2, 9
+    members = [stored([1.0, -1.0]), stored([2.0, -2.0], weight=3.0), stored([9.0, -9.0])]
+    assert values(members, reduce="median").tolist() == [[2.0, -2.0]]
+    assert values(members, reduce="trimmed").tolist() == [[2.0, -2.0]]
+    # 1 and 9 have half of the weight each: their middle
+    assert values(members, reduce="median", weights=[2.0, 0.0, 2.0]).tolist() == [[5.0, -5.0]]
+    # A fifth of the weight 10 is 2: off go 1 (weight 1) and 9 (weight 2), not what weighs more than that
+    assert values(members, reduce="trimmed", weights=[1.0, 7.0, 2.0]).tolist() == [[2.0, -2.0]]
+    assert values(members, reduce="trimmed", weights=[1.0, 6.0, 3.0]).flatten().tolist() == pytest.approx(
+        [(6 * 2 + 3 * 9) / 9, -(6 * 2 + 3 * 9) / 9]
+    )
+    # Weights of each sample: there, the second member alone
+    each = values(members, reduce="median", weights=torch.tensor([[0.0], [1.0], [0.0]]), per="sample")
+    assert each.tolist() == [[2.0, -2.0]]
+
+
+def slow_filter(members, corrupted, weights):
+    """The spectral filter of one sample in NumPy: eigenvectors of the covariance matrix, one step at a time."""
+    w, left = weights / weights.sum(), 2 * corrupted
+    while left > 1e-12:
+        share = w / w.sum()
+        offset = members - share @ members
+        variance, axes = np.linalg.eigh((offset * share[:, None]).T @ offset)
+        if variance[-1] < 1e-20:
+            break
+        distance = ((offset @ axes[:, variance > variance[-1] * (1 - 1e-5)]) ** 2).sum(1) * (w > 0)
+        loss = w * (distance / distance.max())
+        step = min(1.0, left / loss.sum())
+        w, left = w - step * loss, left - step * loss.sum()
+    return w @ members / w.sum()
+
+
+def test_spectral_filter_by_hand() -> None:
+    # On a line: 0, 0, 0, 1 with mean 1/4 have squared distances 1, 1, 1, 9 (sixteenths). The first step would take
+    # 1/4 (1/9 + 1/9 + 1/9 + 1) = 1/3 of the weight; 2 ε = 0.2 is 0.6 of it. Left are 3 · 7/30 and 1/10.
+    members = [stored([x, 2.0]) for x in (0.0, 0.0, 0.0, 1.0)]
+    assert values(members, reduce=spectral(0.1)).flatten().tolist() == pytest.approx([0.1 / 0.8, 2.0])
+    assert values(members, reduce=spectral(0.4)).flatten().tolist() == pytest.approx([0.0, 2.0])
+    assert values(members, reduce=spectral(0.0)).flatten().tolist() == pytest.approx([0.25, 2.0])
+    # The corners of a triangle: all directions are equal, and so are all members
+    hot = [stored(row, space="probs") for row in torch.eye(3).tolist()]
+    assert values(hot, space="probs", reduce="spectral").flatten().tolist() == pytest.approx([1 / 3] * 3)
+
+
+@pytest.mark.parametrize("corrupted", [0.05, 0.2, 0.45])
+def test_spectral_filter_against_a_slow_one(corrupted: float) -> None:
+    draw = np.random.default_rng(3)
+    members = draw.dirichlet(np.full(4, 0.6), size=(9, 30))
+    weights = draw.random(9)
+    weights[2] = 0.0
+    fast = spectral(corrupted)(torch.tensor(members), torch.tensor(weights).unsqueeze(1).expand(9, 30))
+    slow = [slow_filter(members[:, n], corrupted, weights) for n in range(30)]
+    np.testing.assert_allclose(fast.numpy(), slow, rtol=0, atol=1e-9)
+
+
+def test_spectral_filter_survives_a_quarter_of_outliers() -> None:
+    draw = np.random.default_rng(0)
+    members = 0.1 * draw.normal(size=(20, 50, 10))
+    honest = members[5:].mean(0)
+    members[:5] += 3.0
+    found = spectral(0.25)(torch.tensor(members), torch.ones(20, 50, dtype=torch.double)).numpy()
+    assert np.abs(found - honest).max() < 0.1  # one standard deviation of a member; the mean is off by 0.75
+    assert np.abs(members.mean(0) - honest).min() > 0.6
+
+
 def test_any_reduce() -> None:
     def largest(values: Tensor, weights: Tensor) -> Tensor:
         assert values.shape == (5, 1, 2) and weights.shape == (5, 1)
@@ -212,7 +278,7 @@ def test_any_reduce() -> None:
     assert values(FIVE, reduce=largest).tolist() == [[100.0, -1.0]]
 
 
-@pytest.mark.parametrize("reduce", ["median", "trimmed", "geometric"])
+@pytest.mark.parametrize("reduce", ["median", "trimmed", "geometric", "spectral"])
 def test_chunks_do_not_change_targets(reduce, monkeypatch: pytest.MonkeyPatch) -> None:
     data, members = vectors(37), [ModelMember(Linear(seed=s)) for s in range(5)]
     whole = Ensemble(members, reduce=reduce).targets(data, batch_size=4)
@@ -310,7 +376,6 @@ def test_sample_of_weight_zero_is_left_out() -> None:
         ({"weights": [1.0, float("nan")]}, "finite"),
         ({"weights": [1.0, -1.0]}, "not negative"),
         ({"weights": [0.0, 0.0]}, "not all 0"),
-        ({"weights": [1.0, 1.0], "reduce": "median"}, "takes no weights"),
         ({"weights": "entropy", "space": "votes"}, "no entropy"),
         ({"transform": Era()}, "Era cannot be applied to logits"),
         ({"transform": Softmax(), "space": "probs"}, "Softmax cannot be applied to probs"),
@@ -336,6 +401,8 @@ def test_other_refusals() -> None:
         Ensemble([stored([1.0, 2.0], weight=0.0)])
     with pytest.raises(ScenarioError, match="trimmed share"):
         trimmed(0.5)
+    with pytest.raises(ScenarioError, match="corrupted share"):
+        spectral(0.5)
     with pytest.raises(ScenarioError, match="each class go with"):
         Ensemble([one], reduce="geometric", weights=torch.ones(1, 2), per="class").targets()
     with pytest.raises(ScenarioError, match="3 columns for 2 classes and 5 samples"):
@@ -453,6 +520,7 @@ KINDS = [
     {"reduce": "median"},
     {"reduce": "trimmed"},
     {"reduce": "geometric"},
+    {"reduce": "spectral"},
     {"weights": "entropy"},
     {"space": "probs", "weights": "inverse-entropy"},
     {"space": "probs", "transform": Era()},
@@ -471,7 +539,7 @@ def test_order_of_members_does_not_matter(options: dict, members: int, seed: int
     assert torch.allclose(forward, permuted, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", KINDS[:2] + KINDS[3:8])
+@pytest.mark.parametrize("options", KINDS[:2] + KINDS[3:9])
 @settings(max_examples=15, deadline=None)
 @given(members=st.integers(1, 6), seed=st.integers(0, 10**6))
 def test_ensemble_of_equal_members_is_the_member(options: dict, members: int, seed: int) -> None:

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedkd.errors import KnowledgeError
-from fedkd.payloads import Knowledge, ProxyOutputs
+from fedkd.payloads import Knowledge, LabelCounts, ProxyOutputs, Weights
 from fedkd.server.averaging import Averages, StateMean
 from fedkd.server.runtime import ServerRuntime
-from fedkd.server.totals import OutputMeans
+from fedkd.server.totals import LabelTable, OutputMeans, Several
 from fedkd.server.uploads import Upload, sum_up
 
 
@@ -153,3 +153,25 @@ def test_uploads_do_not_reach_the_server_where_sums_do(small, federate, monkeypa
 
     assert all(kinds == ["weights"] for kinds in seen)  # what is added is whole, where the client ran
     assert next(e for e in events if e["event"] == "round")["bytes_up"]["weights"] > 0
+
+
+def counted(partition, counts, examples, values=(1.0,)):
+    state = {"w": torch.tensor(values)}
+    knowledge = Knowledge.of(Weights(state, "mlp"), LabelCounts(torch.tensor(counts)), num_examples=examples)
+    return Upload(partition, "mlp", knowledge, None)  # type: ignore[arg-type]
+
+
+def test_several_sums_are_made_of_the_same_uploads():
+    total = Several(weights=Averages({"mlp": {"w": torch.zeros(1)}}), labels=LabelTable(2))
+    one, other = total.empty(), total.empty()
+    for part, upload in ((one, counted(0, [1, 0], 1, (4.0,))), (other, counted(3, [1, 2], 3, (8.0,)))):
+        part.check(upload)
+        part.add(upload)
+    total.merge(pickle.loads(pickle.dumps(one)))
+    total.merge(other)
+    assert total.parts["weights"].result()["mlp"]["w"].item() == 7.0
+    assert {p: row.tolist() for p, row in total.parts["labels"].rows.items()} == {0: [1, 0], 3: [1, 2]}
+
+    for bad, reason in ((counted(1, [1, 1], 3), "2 samples"), (counted(1, [1, 2], 3, (float("nan"),)), "NaN")):
+        with pytest.raises(KnowledgeError, match=reason):
+            total.check(bad)

@@ -9,7 +9,8 @@ import torch
 from fedkd.data.batches import Batch
 from fedkd.models import Outputs
 from fedkd.payloads import ClassOutputs, Knowledge, ProxyOutputs, Weights
-from strategies.dsfl import DSFL, soft_cross_entropy
+from fedkd.client.exchange import soft_cross_entropy
+from strategies.dsfl import DSFL
 from strategies.fd import FD, ClassMeans
 from strategies.fedgkd import FedGKD, GlobalDistillation
 from strategies.fedntd import FedNTD, NotTrueDistillation

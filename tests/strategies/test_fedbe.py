@@ -1,0 +1,156 @@
+"""FedBE: teachers, targets, SWA and presets against numbers worked out independently."""
+
+import numpy as np
+import pytest
+import torch
+
+from fedkd import run
+from fedkd.errors import ScenarioError
+
+FAST = {"name": "fedbe", "samples": 3, "epochs": 2, "batch_size": 16, "swa_start": 2, "swa_every": 2}
+IMAGES = {"classes": 4, "train": 160, "test": 40, "shape": [8, 8]}
+BN = {"models__student": "cnn", "models__options": {"width": 0.25}, "models__norm": "batch", "data__options": IMAGES}
+
+
+def rounds_of(events):
+    return [{k: v for k, v in e.items() if k != "seconds"} for e in events if e["event"] == "round"]
+
+
+class Watched:
+    """Keeps what a strategy had in its hands when it began to distil."""
+
+    def __init__(self, monkeypatch, cls):
+        original = cls.distill
+
+        def distill(method):
+            self.average = {arch: dict(state) for arch, state in method.students.items()}
+            self.uploads = [(u.num_examples, dict(u.state)) for u in method.members]
+            self.teachers = [
+                teacher.outputs(method.server.proxy.data, torch.arange(60)).double() for teacher in method.teachers()
+            ]
+            self.targets = method.ensemble().targets(method.server.proxy.data).values
+            original(method)
+
+        monkeypatch.setattr(cls, "distill", distill)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    from strategies.fedbe import FedBE
+
+    return Watched(monkeypatch, FedBE)
+
+
+@pytest.mark.parametrize("sampling", ["gaussian", "dirichlet", "steps"])
+def test_teachers_are_average_samples_and_clients_and_targets_their_sharpened_mean(small, federate, watched, sampling):
+    federate(small(FAST | {"sampling": sampling}, run__rounds=1))
+    assert len(watched.teachers) == 1 + 3 + 4
+    probs = torch.stack(watched.teachers).softmax(-1).mean(0)
+    expected = probs**2 / (probs**2).sum(1, keepdim=True)
+    torch.testing.assert_close(watched.targets.double(), expected, atol=1e-6, rtol=0)
+    average, *drawn = (outputs for outputs in watched.teachers[:4])
+    assert all(not torch.allclose(average, one) for one in drawn)
+
+
+def test_the_average_is_weighted_by_examples_and_so_are_the_samples(small, federate, watched):
+    strategy, _ = federate(small(FAST, run__rounds=1))
+    weights = [count for count, _ in watched.uploads]
+    for name, tensor in watched.average["mlp"].items():
+        x = np.stack([state[name].double().numpy() for _, state in watched.uploads])
+        np.testing.assert_allclose(tensor.numpy(), np.average(x, axis=0, weights=weights), atol=1e-6)
+    # Drawn afresh from the same stream: what was distilled is what the distribution of these uploads gives.
+    from fedkd.server.posterior import fit_gaussian
+
+    strategy.round = 1
+    rng = strategy.rng()
+    fit = fit_gaussian([s for _, s in watched.uploads], weights, set(watched.average["mlp"]))
+    noise = torch.Generator().manual_seed(int(rng.integers(2**63)))
+    first = fit.sample(noise)
+    outputs = strategy.server.predict("mlp", first, strategy.server.proxy.data)
+    torch.testing.assert_close(outputs.double(), watched.teachers[1])
+
+
+def test_clients_alone_without_sharpening_are_feddf_with_probabilities(small, federate, watched, monkeypatch):
+    alone = FAST | {"samples": 0, "with_average": False, "exponent": 1.0}
+    federate(small(alone, run__rounds=1))
+    from strategies.feddf import FedDF
+
+    other = Watched(monkeypatch, FedDF)
+    federate(small({"name": "feddf", "steps": 1, "space": "probs"}, run__rounds=1))
+    torch.testing.assert_close(watched.targets, other.targets, atol=1e-7, rtol=0)
+
+
+def test_sampling_disturbs_nobody_else(small, federate, watched):
+    federate(small(FAST, run__rounds=1))
+    with_samples = watched.average["mlp"]
+    plain = federate(small("fedavg", run__rounds=1))[0].students["mlp"]
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in with_samples.items())
+
+
+def test_the_student_is_the_mean_of_snapshots(small, federate, monkeypatch):
+    from fedkd.server import distiller
+
+    taken = []
+    add = distiller.StateMean.add
+    monkeypatch.setattr(
+        distiller.StateMean,
+        "add",
+        lambda mean, state, weight=1.0: (
+            taken.append({k: v.clone() for k, v in state.items()}) if mean.name == "the student" else None,
+            add(mean, state, weight),
+        )[-1],
+    )
+    strategy, events = federate(small(FAST, run__rounds=1))
+    # 60 samples in batches of 16, twice: 8 steps; snapshots after 2, 4, 6 and 8.
+    assert rounds_of(events)[0]["distill"]["mlp"]["steps"] == 8 and len(taken) == 4
+    for name, tensor in strategy.students["mlp"].items():
+        mean = torch.stack([state[name].double() for state in taken]).mean(0)
+        torch.testing.assert_close(tensor.double(), mean, atol=1e-6, rtol=0)
+
+
+def test_norm_statistics_are_estimated_afresh_on_the_proxy_set(small, federate):
+    strategy, _ = federate(small(FAST | {"batch_size": 60}, **BN, proxy__size=60, run__rounds=1))
+    server = strategy.server
+    model = server.model("cnn", strategy.students["cnn"]).eval()
+    x = server.proxy.data.gather(torch.arange(60), channels_last=server.channels_last).x
+    first = model.body.stages[0]
+    maps = first[0](x)
+    norm = first[1]
+    torch.testing.assert_close(norm.running_mean, maps.mean((0, 2, 3)), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(norm.running_var, maps.var((0, 2, 3)), atol=1e-4, rtol=1e-3)
+
+
+def test_presets_and_nobody_to_learn_from(small, federate):
+    from fedkd import plugins
+
+    paper = plugins.make_strategy(small({"name": "fedbe"}))
+    code = plugins.make_strategy(small({"name": "fedbe", "preset": "code"}))
+    assert (paper.sampling, paper.schedule, paper.reduction) == ("gaussian", "cyclic", "mean_all")
+    assert (code.sampling, code.schedule, code.reduction) == ("steps", "constant", "mean_all")
+    with pytest.raises(ScenarioError, match="there are no teachers"):
+        plugins.make_strategy(small({"name": "fedbe", "samples": 0, "with_average": False, "with_clients": False}))
+    with pytest.raises(ScenarioError, match="needs one model for all clients"):
+        run.prepare(small(FAST, models__student=["mlp", "cnn"], models__options={}, data__options=IMAGES))
+
+
+@pytest.mark.parametrize("buffers", ["all", "params_only"])
+def test_two_rounds_with_batch_norm_and_bytes(small, federate, buffers):
+    scenario = small(FAST | {"sampling": "steps"}, **BN, models__buffers=buffers, run__rounds=2)
+    strategy, events = federate(scenario)
+    theta = sum(tensor.nbytes for tensor in strategy.server.initial("cnn").values())
+    for event in rounds_of(events):
+        assert event["bytes_up"] == {"weights": 4 * theta} == event["bytes_down"]
+        assert 0 <= event["predictors"]["ensemble"]["accuracy"] <= 1
+
+
+def test_two_rounds_on_digits(small, federate):
+    data = {"source": "digits", "train_samples": 400, "test_samples": 100, "options": {}}
+    _, events = federate(small(FAST | {"samples": 2}, data=data, models__student="cnn", models__options={}))
+    assert len(rounds_of(events)) == 3
+
+
+def test_a_poisoned_upload_is_refused_and_the_round_goes_on(small, federate):
+    _, events = federate(small(FAST, faults__nan=0.4, run__rounds=2))
+    refused = [e for e in events if e["event"] == "refused"]
+    assert refused and all("NaN" in e["reason"] for e in refused)
+    assert rounds_of(events)[-1]["received"] < 4

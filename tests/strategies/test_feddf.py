@@ -1,0 +1,133 @@
+"""FedDF's schemes and filters against numbers worked out independently."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from fedkd.errors import ScenarioError
+from fedkd.losses.response import kd
+from fedkd.server.members import StoredMember
+from fedkd.server.weighting import above_outliers
+from strategies.feddf import FedDF
+
+
+def rounds_of(events):
+    return [{k: v for k, v in e.items() if k != "seconds"} for e in events if e["event"] == "round"]
+
+
+def softmax(z):
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def feddf(logits, **hyper):
+    """A FedDF whose members have given logits [K, n, C]."""
+    method = FedDF(**hyper)
+    members = [StoredMember(range(logits.shape[1]), torch.from_numpy(z).float()) for z in logits]
+    method.teachers = lambda: members  # type: ignore[method-assign, assignment]
+    return method
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_targets_of_every_scheme(temperature):
+    z = np.random.default_rng(0).normal(size=(4, 5, 3)) * 3
+    logits = feddf(z, temperature=temperature).ensemble().targets()
+    np.testing.assert_allclose(logits.values.numpy(), z.mean(0), atol=1e-5)
+    for space in ("probs", "losses"):
+        probs = feddf(z, temperature=temperature, space=space).ensemble().targets()
+        assert probs.space == "probs"
+        np.testing.assert_allclose(probs.values.numpy(), softmax(z / temperature).mean(0), atol=1e-6)
+
+
+def test_the_mean_of_kls_is_the_kl_of_the_mean_and_a_constant():
+    draw = np.random.default_rng(1)
+    z, s = torch.from_numpy(draw.normal(size=(4, 5, 3)) * 2), torch.from_numpy(draw.normal(size=(5, 3)))
+    options = {"temperature": 2.0, "reduction": "batchmean", "t_squared": False}
+    one, two = s.clone().requires_grad_(), s.clone().requires_grad_()
+    losses = torch.stack([kd(one, member, **options) for member in z]).mean()
+    probs = (z / 2.0).softmax(-1)
+    joint = kd(two, probs.mean(0), target_space="probs", **options)
+    (losses + joint).backward()
+    torch.testing.assert_close(one.grad, two.grad)
+
+    p = probs.numpy()
+    entropy = -(p.mean(0) * np.log(p.mean(0))).sum(-1).mean()
+    spread = entropy + (p * np.log(p)).sum(-1).mean()  # the members' Jensen-Shannon divergence
+    assert float((losses - joint).detach()) == pytest.approx(spread, rel=1e-9) and spread > 0
+
+
+def test_losses_train_the_students_of_probs(small, federate):
+    ends = [federate(small({"name": "feddf", "steps": 20, "space": space}))[0] for space in ("probs", "losses")]
+    assert all(torch.equal(t, ends[1].students["mlp"][n]) for n, t in ends[0].students["mlp"].items())
+
+
+def test_outliers_are_below_mean_less_one_and_a_half_deviations_of_all_but_the_best():
+    scores = [*np.random.default_rng(0).uniform(0.5, 0.6, 9), 0.2, 0.95]
+    rest = sorted(scores)[:-1]
+    limit = np.mean(rest) - 1.5 * np.std(rest)
+    assert above_outliers(scores) == [score >= limit for score in scores]
+    assert above_outliers(scores).count(False) == 1
+    assert above_outliers([0.1, 0.9]) == [True, True] and above_outliers([0.5] * 4) == [True] * 4
+
+
+def judged(accuracies, **hyper):
+    """Return which of some uploads with given accuracies FedDF keeps (four classes: chance is 0.25)."""
+    method, dropped = FedDF(**hyper), []
+    uploads = [SimpleNamespace(partition_id=p) for p in range(len(accuracies))]
+    method.server = SimpleNamespace(  # type: ignore[assignment]
+        label_accuracies=lambda uploads: iter(accuracies),
+        federation=SimpleNamespace(num_classes=4),
+        emit=lambda event, **fields: dropped.append(fields["partition_id"]),
+    )
+    method.round, method.members = 1, list(uploads)  # type: ignore[assignment]
+    kept = [upload.partition_id for upload in method.good_enough(uploads)]  # type: ignore[arg-type]
+    assert kept == [upload.partition_id for upload in method.members]
+    assert sorted(kept + dropped) == list(range(len(accuracies)))
+    return kept
+
+
+OUTLIER, BELOW_CHANCE = [0.9, 0.6, 0.6, 0.6, 0.6, 0.31], [0.9, 0.6, 0.6, 0.6, 0.31, 0.29]
+
+
+def test_members_are_dropped_below_chance_and_outliers_where_nobody_is():
+    assert judged(OUTLIER, drop_worst=True) == [0, 1, 2, 3, 4, 5]
+    assert judged(OUTLIER, drop_worst=True, drop_outliers=True) == [0, 1, 2, 3, 4]
+    assert judged(OUTLIER, drop_outliers=True) == [0, 1, 2, 3, 4]
+    # 1.2 · 0.25 = 0.3: somebody is below it, so only they go.
+    assert judged(BELOW_CHANCE, drop_worst=True, drop_outliers=True) == [0, 1, 2, 3, 4]
+    assert judged(BELOW_CHANCE, drop_outliers=True) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("option", ["drop_worst", "drop_outliers", "compare_start"])
+def test_judging_needs_labels_on_the_server(small, option):
+    from fedkd import plugins
+
+    with pytest.raises(ScenarioError, match="server_labels"):
+        plugins.make_strategy(small({"name": "feddf", option: True}))
+
+
+def test_the_average_is_kept_where_distillation_does_not_help(small, federate):
+    settings = {"name": "feddf", "steps": 100, "lr": 3.0}  # far too fast: the student gets worse
+    changes = {"proxy__server_labels": 40, "run__rounds": 1}
+    average, _ = federate(small("fedavg", **changes))
+    kept, events = federate(small(settings | {"compare_start": True}, **changes))
+    report = rounds_of(events)[0]["distill"]["mlp"]
+    assert report["best_step"] == 0
+    assert all(torch.equal(t, average.students["mlp"][n]) for n, t in kept.students["mlp"].items())
+    lost, _ = federate(small(settings, **changes))
+    assert any(not torch.equal(t, average.students["mlp"][n]) for n, t in lost.students["mlp"].items())
+
+
+def test_two_rounds_on_digits(small, federate):
+    scenario = small(
+        {"name": "feddf", "steps": 30, "drop_worst": True, "drop_outliers": True, "compare_start": True},
+        data={"source": "digits", "train_samples": 400, "test_samples": 100, "options": {}},
+        models__student=["cnn", "mlp"],
+        models__options={},
+        proxy__server_labels=40,
+        run__rounds=2,
+    )
+    _, events = federate(scenario)
+    assert len(rounds_of(events)) == 2 and rounds_of(events)[-1]["whose"] == "mean of 2 server models"

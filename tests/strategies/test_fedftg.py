@@ -1,0 +1,178 @@
+"""FedFTG: terms and weights by hand, the generator between rounds, label counts, resume."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fedkd.payloads import Knowledge, LabelCounts
+from fedkd.server.generation import Generated
+from strategies.fedftg import FedFTG
+
+FAST = {"name": "fedftg", "iterations": 2, "batch_size": 12, "noise": 6, "width": 8}
+LN3 = math.log(3)
+
+
+def rounds_of(events):
+    return [{k: v for k, v in e.items() if k != "seconds"} for e in events if e["event"] == "round"]
+
+
+def batch(student, teacher, y, weight):
+    x, z = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [2.0]])
+    return Generated(x, z, torch.tensor(y), torch.tensor(student), torch.tensor(teacher), torch.tensor(weight))
+
+
+# Softmax of (ln 3, 0) is (3/4, 1/4). Weights 0.5 and 0.2.
+CASE = batch([[0.0, 0.0], [LN3, 0.0]], [[LN3, 0.0], [0.0, 0.0]], [0, 1], [0.5, 0.2])
+
+
+def test_terms_of_the_paper_by_hand():
+    terms = FedFTG(lambda_cls=2.0, lambda_dis=3.0).terms(CASE, clients=4)
+    first = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    second = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
+    assert float(terms["disagreement"]) == pytest.approx(-(0.5 * first + 0.2 * second) / 2, rel=1e-5)
+    ce = (-math.log(0.75) * 0.5 - math.log(0.5) * 0.2) / 2  # of the client on the labels
+    assert float(terms["classification"]) == pytest.approx(2 * ce, rel=1e-5)
+    # Two of four pairs differ: noise by 4, samples by 1.
+    assert float(terms["diversity"]) == pytest.approx(3 * math.exp(-2 * 4 / 4) / 4, rel=1e-5)
+
+
+def test_terms_of_the_released_code_by_hand():
+    terms = FedFTG(disagreement="l1", weighted="means").terms(CASE, clients=1)
+    assert float(terms["disagreement"]) == pytest.approx(-(0.5 * LN3 / 2 + 0.2 * LN3 / 2) / 2, rel=1e-5)
+    ce = (-math.log(0.75) - math.log(0.5)) / 2
+    assert float(terms["classification"]) == pytest.approx(ce * 0.35, rel=1e-5)
+
+
+@pytest.mark.parametrize(("disagreement", "through_client"), [("kl", True), ("l1", False)])
+def test_disagreement_is_zero_for_equal_models_and_which_gradients_it_has(disagreement, through_client):
+    method = FedFTG(disagreement=disagreement)
+    z = torch.randn(2, 3)
+    same = Generated(torch.randn(2, 1), torch.randn(2, 1), torch.tensor([0, 1]), z, z.clone(), torch.ones(2))
+    assert float(method.terms(same, 1)["disagreement"]) == pytest.approx(0, abs=1e-6)
+    student, teacher = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    differ = Generated(same.x, same.noise, same.y, student, teacher, torch.ones(2))
+    gap = method.terms(differ, 1)["disagreement"]
+    assert float(gap.detach()) < 0  # which the generator makes smaller
+    gap.backward()
+    assert student.grad is not None and (teacher.grad is not None) == through_client
+
+
+@pytest.mark.parametrize(("reduction", "factor"), [("batchmean", 1.0), ("mean_all", 0.5)])
+def test_loss_of_the_average_by_hand(reduction, factor):
+    target = torch.tensor([[0.75, 0.25], [0.5, 0.5]])
+    loss = FedFTG(reduction=reduction).student_loss(torch.zeros(2, 2), target)
+    kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert float(loss) == pytest.approx(factor * kl / 2, rel=1e-5)
+
+
+def test_presets(small):
+    from fedkd import plugins
+
+    code = plugins.make_strategy(small({"name": "fedftg", "preset": "code"}))
+    assert (code.disagreement, code.weighted, code.reduction) == ("l1", "means", "mean_all")
+
+
+def watched(monkeypatch):
+    """Keep what `Alternation` was given in every round."""
+    from fedkd.server import generation
+
+    seen, original = [], generation.Alternation.run
+
+    def spy(turns, *arguments):
+        before = copy.deepcopy(turns.generator.state_dict())
+        losses = original(turns, *arguments)
+        seen.append((turns, before, copy.deepcopy(turns.generator.state_dict()), losses))
+        return losses
+
+    monkeypatch.setattr(generation.Alternation, "run", spy)
+    return seen
+
+
+def test_class_weights_labels_and_rates(small, federate, monkeypatch):
+    seen = watched(monkeypatch)
+    strategy, _ = federate(small(FAST, run__rounds=2))
+    (first, begun, ended, _), (second, went_on, _, _) = seen
+    federation = strategy.server.federation
+    shards = [np.asarray(federation.shards[p].train) for p in strategy.selected]
+    rows = np.stack([np.bincount(federation.dataset.y_train[shard], minlength=4) for shard in shards])
+    np.testing.assert_array_equal(second.counts.numpy(), rows)
+    total = rows.sum(0)
+    np.testing.assert_allclose(second.alpha.numpy()[:, total > 0], rows[:, total > 0] / total[total > 0])
+    for turns, decay in ((first, 1.0), (second, 0.998)):
+        assert turns.tune.param_groups[0]["lr"] == pytest.approx(0.01 * decay)
+        assert turns.descend.param_groups[0]["lr"] == pytest.approx(0.1 * decay)
+    # The generator lives on.
+    assert all(torch.equal(tensor, went_on[name]) for name, tensor in ended.items())
+    assert any(not torch.equal(tensor, begun[name]) for name, tensor in ended.items())
+
+
+def test_without_iterations_it_is_fedavg(small, federate):
+    idle, _ = federate(small(FAST | {"iterations": 0}))
+    plain, _ = federate(small("fedavg"))
+    assert all(torch.equal(t, plain.students["mlp"][n]) for n, t in idle.students["mlp"].items())
+
+
+def test_one_client_has_nothing_to_teach(small, federate, monkeypatch):
+    # Its model is the average, and its class weights are 1: the loss of the first step is the KL of equals.
+    seen = watched(monkeypatch)
+    federate(small(FAST, run__participation=0.01, run__rounds=1))
+    [(turns, _, _, losses)] = seen
+    assert len(turns.teachers) == 1 and losses[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_average_learns_to_agree_on_generated_samples(small, federate, monkeypatch):
+    seen = watched(monkeypatch)
+    fast = {"iterations": 1, "student_steps": 200, "batch_size": 40, "lr": 1.0, "weight_decay": 0.0}
+    federate(small(FAST | fast, client__epochs=10, run__rounds=1))
+    [(_, _, _, losses)] = seen
+    assert losses[-1] < 0.75 * losses[0]
+
+
+def test_label_counts_travel(small, federate):
+    strategy, events = federate(small(FAST, run__rounds=2))
+    theta = sum(tensor.nbytes for tensor in strategy.server.initial("mlp").values())
+    for event in rounds_of(events):
+        assert event["bytes_up"] == {"weights": 4 * theta, "label-counts": 4 * 4 * 4}
+        assert event["bytes_down"] == {"weights": 4 * theta}
+        assert event["distill"]["mlp"]["steps"] == 2 * 5
+
+
+@pytest.mark.parametrize(
+    ("counts", "reason"),
+    [([1000, 0, 0, 0], "1000 samples"), ([0, 0, 0], "wrong classes"), ([-1, 1, 1, 1], "negative")],
+)
+def test_false_counts_are_refused_and_the_round_goes_on(small, federate, counts, reason):
+    def mod(message, context, call_next):
+        reply = call_next(message, context)
+        if message.metadata.message_type == "train" and context.node_config["partition-id"] == 0:
+            said = Knowledge.from_records(reply.content)
+            said.payloads["label-counts"] = LabelCounts(torch.tensor(counts))
+            reply.content = said.to_records(dict(reply.content.config_records["config"]))
+        return reply
+
+    _, events = federate(small(FAST, run__rounds=1, run__participation=1.0), mods=[mod])
+    [refused] = [e for e in events if e["event"] == "refused"]
+    assert refused["partition_id"] == 0 and reason in refused["reason"]
+    assert rounds_of(events)[0]["received"] == 5
+
+
+def test_a_resumed_run_has_the_same_bits(small, resumes):
+    resumes(small(FAST))
+
+
+@pytest.mark.parametrize("preset", ["paper", "code"])
+def test_two_rounds_on_digits_with_batch_norm(small, federate, preset):
+    scenario = small(
+        FAST | {"preset": preset},
+        data={"source": "digits", "train_samples": 400, "test_samples": 100, "options": {}},
+        models__student="cnn",
+        models__options={},
+        models__norm="batch",
+        run__rounds=2,
+        proxy={"source": "none", "size": 0},
+    )
+    _, events = federate(scenario)
+    assert len(rounds_of(events)) == 2 and math.isfinite(rounds_of(events)[-1]["distill"]["cnn"]["loss_last"])

@@ -1,0 +1,202 @@
+"""Tables of sweeps from the runs there are."""
+
+import csv
+import io
+import json
+
+import pytest
+
+from fedkd import run
+from fedkd.cli import main
+from fedkd.errors import RunError, ScenarioError
+from fedkd.results import collect, gaps, write
+from fedkd.run_folder import folder_of
+from fedkd.scenario_file import load
+from fedkd.sweep import expand
+
+SCENARIO = """
+description = "two methods"
+[data]
+source = "synthetic"
+options = { classes = 4, dimensions = 12, train = 300, test = 60, separation = 3.0 }
+[partition]
+clients = 5
+alpha = 0.5
+test = 0.2
+[models]
+student = "mlp"
+options = { hidden = [8] }
+[system]
+engine = "inline"
+server_threads = 1
+trainer = "sequential"
+[run]
+rounds = 2
+evaluate_clients = "all"
+[sweep]
+"partition.alpha" = [0.5, 5.0]
+"run.seed" = [0, 1]
+[[sweep.cases]]
+label = "FedAvg"
+strategy.name = "fedavg"
+[[sweep.cases]]
+label = "FD"
+strategy.name = "fd"
+"""
+
+
+class Stop(run.Listener):
+    """Fails or interrupts a run after its first round."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def event(self, event):
+        if event["event"] == "round":
+            raise self.error
+
+
+@pytest.fixture
+def swept(tmp_path):
+    """A sweep of eight cells: one is missing, one has failed, one was stopped."""
+    path = tmp_path / "two.toml"
+    path.write_text(SCENARIO)
+    cells = expand(load(path))
+    out = tmp_path / "runs"
+    for number, cell in enumerate(cells):
+        if number == 3:
+            with pytest.raises(RunError):
+                run.execute(cell.scenario, out=out, listener=Stop(ValueError("no luck")))
+        elif number == 5:
+            with pytest.raises(KeyboardInterrupt):
+                run.execute(cell.scenario, out=out, listener=Stop(KeyboardInterrupt()))
+        elif number != 6:
+            run.execute(cell.scenario, out=out)
+    return path, cells, out
+
+
+def test_every_run_is_found_with_its_state(swept):
+    _, cells, out = swept
+
+    found = collect(cells, out)
+
+    states = ["finished", "finished", "finished", "failed", "finished", "stopped", "missing", "finished"]
+    assert [one.state for one in found] == states
+    assert gaps(found) == [
+        "FedAvg, alpha 5.0, seed 1: failed after round 1: ValueError: no luck",
+        "FD, alpha 0.5, seed 1: stopped after round 1 of 2",
+        "FD, alpha 5.0, seed 0: not run",
+    ]
+    assert found[0].row["values"] == {"case": "FedAvg", "partition.alpha": 0.5, "run.seed": 0}
+
+
+def test_tables_say_which_runs_are_not_in_them(swept, tmp_path):
+    _, cells, out = swept
+
+    files = write(collect(cells, out), tmp_path / "docs", "two", across="partition.alpha", about="two methods")
+
+    assert [file.name for file in files] == ["two.md", "two.csv", "two.tex", "two-alpha.md", "two.json"]
+    text = files[0].read_text()
+    assert "5 of 8 runs are finished. Not in the table:\n\n- FedAvg, alpha 5.0, seed 1: failed" in text
+    lines = list(csv.DictReader(io.StringIO(files[1].read_text())))
+    assert [(line["label"], line["partition.alpha"], line["seeds"]) for line in lines] == [
+        ("FedAvg", "0.5", "2"),
+        ("FedAvg", "5.0", "1"),
+        ("FD", "0.5", "1"),
+        ("FD", "5.0", "1"),
+    ]
+    content = json.loads(files[4].read_text())
+    assert (content["scenario"], content["about"], len(content["table"])) == ("two", "two methods", 4)
+    assert [one["state"] for one in content["runs"]].count("finished") == 5
+    assert content["runs"][3]["reason"].endswith("ValueError: no luck")
+    assert content["runs"][0]["curve"][-1][1] == content["runs"][0]["final"]
+    assert sum(one["runs"] for one in content["conditions"]) == 5
+    assert content["conditions"][0]["packages"]["torch"]
+
+
+def test_columns_say_whose_accuracy_they_show(swept, tmp_path):
+    _, cells, out = swept
+
+    (md, *_), found = write(collect(cells, out), tmp_path, "two"), collect(cells, out)
+
+    head = md.read_text().splitlines()[0]
+    for title in (
+        "whose accuracy", "best (%)", "final (%)", "ensemble (%)", "clients, global test (%)",
+        "worst tenth, global test (%)", "clients, own test (%)", "worst tenth, own test (%)", "up", "down", "seconds",
+    ):  # fmt: skip
+        assert title in head
+    average, distilled = found[0], found[4]
+    local = average.result.summary["predictors"]["clients-local"]
+    assert (average.row["own_accuracy"], average.row["own_worst_accuracy"]) == (
+        local["accuracy"],
+        local["worst_decile"],
+    )
+    assert "clients_accuracy" not in average.row
+    assert distilled.row["clients_accuracy"] == distilled.row["final"] and distilled.row["whose"] == "clients"
+    assert distilled.row["clients_worst_accuracy"] <= distilled.row["clients_accuracy"]
+
+
+def test_one_key_of_the_sweep_side_by_side(swept, tmp_path):
+    _, cells, out = swept
+
+    write(collect(cells, out), tmp_path, "two", across="partition.alpha", metric="own_accuracy")
+
+    lines = (tmp_path / "two-alpha.md").read_text().splitlines()
+    assert lines[0] == "clients, own test (%), mean ± standard deviation over seeds:"
+    assert [cell.strip() for cell in lines[2].strip("|").split("|")] == [
+        "label", "whose accuracy", "alpha 0.5", "alpha 5.0",
+    ]  # fmt: skip
+    assert " ± " in lines[4] and len(lines) == 6
+
+
+def test_a_run_that_was_made_again_counts_once(swept):
+    _, cells, out = swept
+    again = run.execute(cells[0].scenario, out=out, fresh=True)
+    first = folder_of(cells[0].scenario, out, fresh=False)
+
+    assert again.folder.name == f"{first.name}-2"
+    assert collect(cells, out)[0].result.folder == again.folder
+    (again.folder / "summary.json").unlink()
+    assert collect(cells, out)[0].result.folder == first
+
+
+def test_the_command_makes_a_table_of_what_there_is(swept, tmp_path, capsys):
+    path, _, out = swept
+
+    code = main(["table", str(path), "--out", str(out), "--to", str(tmp_path / "docs"), "--across", "partition.alpha"])
+
+    printed = capsys.readouterr().out
+    assert code == 0
+    assert "no result: FedAvg, alpha 5.0, seed 1: failed after round 1: ValueError: no luck" in printed
+    assert "5 of 8 runs" in printed and (tmp_path / "docs" / "two-alpha.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "parts"),
+    [
+        (["--across", "partition.alhpa"], ["no row has 'partition.alhpa'", "--across"]),
+        (["--across", "partition.alpha", "--metric", "acuracy"], ["no row has the metric 'acuracy'; there are best"]),
+        (["--set", "run.rounds=9"], ["no run of two is finished", "those of the runs"]),
+    ],
+)
+def test_what_there_is_no_table_of(swept, capsys, more, parts):
+    path, _, out = swept
+
+    assert main(["table", str(path), "--out", str(out), *more]) == 2
+
+    errors = capsys.readouterr().err
+    for part in parts:
+        assert part in errors
+
+
+def test_a_scenario_without_runs(tmp_path):
+    path = tmp_path / "two.toml"
+    path.write_text(SCENARIO)
+    found = collect(expand(load(path)), tmp_path / "nowhere")
+
+    assert {one.state for one in found} == {"missing"}
+    assert gaps(found)[0] == "FedAvg, alpha 0.5, seeds 0, 1: not run"
+    with pytest.raises(ScenarioError, match="is finished below"):
+        from fedkd.cli import table
+
+        table(str(path), out=tmp_path / "nowhere")
