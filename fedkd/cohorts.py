@@ -4,6 +4,7 @@ Composition depends on the selection alone, never on the number of workers or on
 computed for a cohort as a whole has the same bits wherever the cohort runs. Measured time decides only who goes first.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ COHORTS = 16
 """Cohorts that a selection of one architecture is cut into: enough to balance a machine's workers."""
 
 
-TASK_SECONDS = 0.01, 0.5
+TASK_SECONDS = 0.02, 0.5
 """Neighbouring cohorts are put together in a task as long as they are expected to take no more than the first, which is
 some ten times what handing out a task costs; and while there is much left to do, no more than the second."""
 
@@ -26,26 +27,31 @@ def compose(partitions: Sequence[int], archs: Sequence[str], width: int = 0) -> 
     archs : sequence of str
         Architecture of each of them.
     width : int
-        Most clients in a cohort; 0 (default) = ``ceil(n / 16)``, n being the number of selected clients.
+        Most clients in a cohort; 0 (default) = ``ceil(n / 16)``, n being the number of selected clients: as many
+        cohorts as that takes.
 
     Returns
     -------
     list of list of int
-        Positions into `partitions`, sorted by partition id within a cohort; the last cohort of an architecture may
-        be narrower than the others.
+        Positions into `partitions`, sorted by partition id within a cohort; the cohorts of an architecture differ by
+        at most one client.
 
     Examples
     --------
     >>> compose([5, 1, 3], ["mlp", "cnn", "mlp"])
     [[1], [2], [0]]
-    >>> [len(cohort) for cohort in compose(range(34), ["cnn"] * 33 + ["mlp"])]
-    [3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 1]
+    >>> [len(cohort) for cohort in compose(range(40), ["cnn"] * 36 + ["mlp"] * 4)]
+    [2, 2, 3, 2, 3, 2, 2, 3, 2, 3, 2, 2, 3, 2, 3, 2, 2]
     """
-    width = width or max(1, -(-len(partitions) // COHORTS))
     groups: dict[str, list[int]] = {}
     for position in sorted(range(len(partitions)), key=partitions.__getitem__):
         groups.setdefault(archs[position], []).append(position)
-    return [group[start : start + width] for group in groups.values() for start in range(0, len(group), width)]
+    cohorts = []
+    for group in groups.values():
+        count = -(-len(group) // width) if width else -(-len(group) * COHORTS // max(COHORTS, len(partitions)))
+        ends = [number * len(group) // count for number in range(count + 1)]
+        cohorts += [group[start:end] for start, end in itertools.pairwise(ends)]
+    return cohorts
 
 
 def in_tasks(costs: Sequence[float], workers: int) -> list[range]:
@@ -70,9 +76,10 @@ def in_tasks(costs: Sequence[float], workers: int) -> list[range]:
     >>> in_tasks([0.02] * 7, workers=2)
     [range(0, 2), range(2, 4), range(4, 5), range(5, 6), range(6, 7)]
     """
-    least, most = TASK_SECONDS
     tasks: list[range] = []
     start, left = 0, sum(costs)
+    least, most = TASK_SECONDS
+    least = min(least, 1.1 * left / workers)  # every worker gets something, and about as much
     while start < len(costs):
         limit = max(least, min(most, left / workers))
         width = 1
@@ -102,8 +109,8 @@ class Parts:
     >>> parts = Parts(lambda a, b: f"({a}{b})")
     >>> for number in (4, 0, 3, 2, 1):
     ...     parts.add(number, str(number))
-    >>> parts.loose()
-    [(2, 0, '((01)(23))'), (0, 4, '4')]
+    >>> sorted(parts.loose())
+    [(0, 4, '4'), (2, 0, '((01)(23))')]
     >>> parts.result()
     '(((01)(23))4)'
     """

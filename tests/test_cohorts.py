@@ -11,11 +11,12 @@ def test_cohorts_are_sorted_and_of_one_architecture():
     assert compose([9, 2, 7, 4, 5], ["a", "b", "a", "b", "a"]) == [[1], [3], [4], [2], [0]]
 
 
-def test_width_is_a_sixteenth_rounded_up():
+def test_there_are_sixteen_cohorts_of_almost_equal_size():
     cohorts = compose(list(range(100)), ["a"] * 100)
 
-    assert [len(cohort) for cohort in cohorts] == [7] * 14 + [2]
-    assert cohorts[0] == [0, 1, 2, 3, 4, 5, 6]
+    assert [len(cohort) for cohort in cohorts] == [6, 6, 6, 7] * 4
+    assert cohorts[0] == [0, 1, 2, 3, 4, 5]
+    assert [len(cohort) for cohort in compose(range(40), ["a"] * 20 + ["b"] * 20)] == [2, 3] * 8
 
 
 def test_nobody_selected():
@@ -70,4 +71,4 @@ def test_nothing_to_merge():
 
 
 def test_width_can_be_set():
-    assert compose([3, 1, 2], ["a", "a", "a"], width=2) == [[1, 2], [0]]
+    assert compose([3, 1, 2], ["a", "a", "a"], width=2) == [[1], [2, 0]]
