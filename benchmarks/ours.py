@@ -9,7 +9,6 @@ import torch
 from common import WORKERS, Clock, Side, Workload, make_model
 from flower import TimedFedAvg, client_app
 from flwr.app import ArrayRecord, Message, RecordDict
-from flwr.app.message import make_message
 
 from fedkd.arrays import BufferArray, view
 from fedkd.engine import Nodes, RayGrid, SimulationGrid
@@ -35,15 +34,28 @@ def mean_of(replies: Iterable[Message]) -> StateMean:
     """Return the mean of the weights in replies."""
     mean = StateMean("the model")
     for reply in replies:
-        arrays = reply.content.array_records["arrays"]
-        mean.add({name: torch.from_numpy(view(array)) for name, array in arrays.items()})
+        mean.add(weights_of(reply))
     return mean
 
 
-def fold(replies: list[tuple[int, Message]]) -> tuple[list[Message], StateMean]:
-    """Return replies without weights, and the mean of these."""
-    slim = [make_message(r.metadata, RecordDict({"metrics": r.content["metrics"]})) for _, r in replies]
-    return slim, mean_of(reply for _, reply in replies)
+def weights_of(reply: Message) -> State:
+    """Return the weights in a reply, for reading alone."""
+    return {name: torch.from_numpy(view(array)) for name, array in reply.content["arrays"].items()}  # type: ignore[union-attr]
+
+
+class Sums:
+    """Averages the weights of a cohort where its clients ran."""
+
+    def __call__(self, replies: list[tuple[int, Message]]) -> tuple[list[float], StateMean]:
+        """Return what is left of each reply, its number of examples, and the mean."""
+        mean = StateMean("the model")
+        mean.add_all([(weights_of(reply), 1.0) for _, reply in replies])
+        return [reply.content["metrics"]["num-examples"] for _, reply in replies], mean  # type: ignore[index]
+
+    def merge(self, part: StateMean, other: StateMean) -> StateMean:
+        """Return the mean of both."""
+        part.merge(other)
+        return part
 
 
 def replies(side: Side, clock: Clock) -> dict[str, Any]:
@@ -61,10 +73,8 @@ def sums(side: Side, clock: Clock) -> dict[str, Any]:
     load, state = side.load, dict(make_model(side.load).state_dict())
     with grid_of(load) as grid:
         for _ in range(clock.total):
-            mean = StateMean("the model")
-            for folded in grid.send_and_fold(messages_of(grid, load, state), fold):
-                mean.merge(folded.part)
-            state = mean.result()
+            *_, last = grid.send_and_fold(messages_of(grid, load, state), Sums())
+            state = last.part.result()
             clock.tick()
     return clock.result()
 

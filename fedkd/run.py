@@ -16,14 +16,16 @@ import json
 import logging
 import os
 import re
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from flwr.app import RecordDict
@@ -57,6 +59,8 @@ from fedkd.threads import cores
 
 if TYPE_CHECKING:
     from fedkd.sweep import Cell
+
+T = TypeVar("T")
 
 ACCURACY_AFTER = (10, 50, 100)  # rounds at which summaries quote the accuracy
 
@@ -179,18 +183,21 @@ def execute(
         Ctrl-C.
     """
     listener = listener or Listener()
+    folder = folder_of(scenario, out, fresh)
     try:
-        federation, strategy = prepare(scenario)
+        check(scenario)
+        if (result := _finished(folder, listener)) is not None:
+            return result
+        with shared_engine(scenario, meanwhile=partial(prepare, scenario)) as (federation, strategy):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                problem = f"results cannot be written to {folder}: {error.strerror}"
+                raise ScenarioError(problem, key="--out", hint="name another folder with --out") from error
+            return _run(folder, scenario, federation, strategy, listener)
     except ScenarioError as error:
         error.file = error.file or file
         raise
-    folder = folder_of(scenario, out, fresh)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        problem = f"results cannot be written to {folder}: {error.strerror}"
-        raise ScenarioError(problem, key="--out", hint="name another folder with --out") from error
-    return _finished(folder, listener) or _run(folder, scenario, federation, strategy, listener)
 
 
 def resume(folder: Path, *, listener: Listener | None = None) -> Result:
@@ -219,8 +226,8 @@ def resume(folder: Path, *, listener: Listener | None = None) -> Result:
     if (result := _finished(folder, listener)) is not None:
         return result
     scenario = load(str(path)).scenario
-    federation, strategy = prepare(scenario)
-    return _run(folder, scenario, federation, strategy, listener)
+    with shared_engine(scenario, meanwhile=partial(prepare, scenario)) as (federation, strategy):
+        return _run(folder, scenario, federation, strategy, listener)
 
 
 def execute_sweep(
@@ -258,23 +265,41 @@ def execute_sweep(
 
 
 @contextmanager
-def shared_engine(scenario: Scenario) -> Iterator[None]:
-    """Keep one Ray for several runs: starting it takes seconds."""
+def shared_engine(scenario: Scenario, meanwhile: Callable[[], T] = lambda: None) -> Iterator[T]:
+    """Keep one Ray for several runs: starting it takes seconds.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        Says whether Ray is wanted.
+    meanwhile : callable
+        Something to do while Ray starts; the context's value is what it returns.
+    """
     if scenario.system.engine == "inline":
-        yield
+        yield meanwhile()
         return
     import ray
 
     from fedkd.engine.pool import start_ray
 
     if ray.is_initialized():
-        yield
+        yield meanwhile()
         return
+    done: Future[T] = Future()
+    # Ray has to be started by the main thread, which hears Ctrl-C.
+    threading.Thread(target=_fill, args=(done, meanwhile), name="fedkd-prepare", daemon=True).start()
     start_ray(scenario.system.address, scenario.system.workers)
     try:
-        yield
+        yield done.result()
     finally:
         ray.shutdown()
+
+
+def _fill(future: Future[T], function: Callable[[], T]) -> None:
+    try:
+        future.set_result(function())
+    except BaseException as error:  # raised where the result is asked for
+        future.set_exception(error)
 
 
 def resolve(scenario: Scenario) -> Scenario:
@@ -395,9 +420,8 @@ def _run_locked(
                 log.flush()
             listener.event(event)
 
-        grid, engine = None, ExitStack()
+        grid = None
         try:
-            engine.enter_context(shared_engine(scenario))
             grid = make_grid(scenario, federation, probe=known is None)
             server = ServerRuntime(scenario, grid, write)
             strategy.bind(server)
@@ -447,7 +471,6 @@ def _run_locked(
         finally:
             if grid is not None:
                 grid.close()
-            engine.close()
     (folder / "error.txt").unlink(missing_ok=True)
     result = Result(folder, summary)
     listener.run_ended(result)

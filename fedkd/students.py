@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedkd import models
 from fedkd.errors import RunError
+from fedkd.models.linear import quicken
 from fedkd.payloads import State
 from fedkd.seeds import Purpose, torch_seed
 
@@ -48,7 +49,7 @@ def build_student(scenario: Scenario, dataset: Dataset, arch: str) -> nn.Module:
         ``forward(x)`` returns `fedkd.models.Outputs`; equal bits for equal seed and name in every process.
     """
     name_id = zlib.crc32(arch.encode())
-    return models.build(
+    model = models.build(
         arch,
         num_classes=dataset.num_classes,
         input_shape=dataset.input_shape,
@@ -59,6 +60,7 @@ def build_student(scenario: Scenario, dataset: Dataset, arch: str) -> nn.Module:
         pretrained=scenario.models.pretrained,
         **scenario.models.options,
     )
+    return quicken(model)
 
 
 def travelling(model: nn.Module, buffers: str) -> State:

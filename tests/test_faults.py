@@ -135,6 +135,7 @@ def test_a_node_that_leaves_takes_states_with_it_that_come_from_the_checkpoint(t
         from fedkd.engine import Nodes, RayGrid
 
         def app():
+            import time
             import numpy as np
             from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
             from flwr.clientapp import ClientApp
@@ -143,6 +144,7 @@ def test_a_node_that_leaves_takes_states_with_it_that_come_from_the_checkpoint(t
 
             @app.train()
             def train(message, context):
+                time.sleep(0.01)  # so that the clients are not handed to one worker alone
                 kept = context.state.array_records.get("kept")
                 calls = int(kept["0"].numpy()[0]) + 1 if kept else 1
                 # Large enough to stay on the node that computed it.

@@ -50,6 +50,11 @@ class SGD:
     def step(self) -> None:
         """Take a step."""
         client = self.client
+        if not (client.momentum or client.weight_decay):
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.add_(parameter.grad, alpha=-self.param_groups[0]["lr"])
+            return
         numbers = [number for number, parameter in enumerate(self.parameters) if parameter.grad is not None]
         velocities = [self.state.get(number) for number in numbers]
         sgd(

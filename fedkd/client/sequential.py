@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -61,8 +62,10 @@ def _means(history: Sequence[Mapping[str, Tensor]], steps: int) -> dict[str, flo
             values.setdefault(name, []).append(value)
     if not values:
         return {}
-    # All read from the device at once.
-    sums = torch.stack([torch.stack(each).double().sum() for each in values.values()]).tolist()
+    if next(iter(values.values()))[0].device.type == "cpu":
+        sums = [math.fsum(map(float, each)) for each in values.values()]
+    else:  # all read from the device at once
+        sums = torch.stack([torch.stack(each).double().sum() for each in values.values()]).tolist()
     means = {name: total / steps for name, total in zip(values, sums)}
     return means if "loss" in means else {**means, "loss": sum(means.values())}
 

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedkd.cohorts import compose
+from fedkd.cohorts import Parts, compose
 from fedkd.engine.measure import Measured
 from fedkd.engine.nodes import Nodes
 from fedkd.engine.placement import Node
@@ -39,21 +39,23 @@ class Item(NamedTuple):
 class Outcome(NamedTuple):
     """What came of an `Item`; a state is whatever the grid keeps for a client, None the empty one."""
 
-    reply: Message
+    reply: Any  # a message; with a fold, what it made of that, or an error
     change: int  # KEPT, EMPTY or NEW; with KEPT the client has the state it had before
     state: Any = None
     stored: Any = None  # where the whole reply is, for `compute` and `whole`
 
 
 class Folded(NamedTuple):
-    """What a cohort came to: a reply for each of its clients, and what the fold made of the full ones."""
+    """What a cohort came to."""
 
-    replies: list[Message]
-    part: Any
+    partitions: list[int]
+    results: list[Any]  # what the fold made of each reply; an `Error` where there is none
+    kept: list[Message | None]  # stands for the whole reply, if it was to be kept
+    part: Any  # in the last one: the part of all cohorts
 
 
-Fetch = Callable[[int], tuple[list[Outcome], Any]]
-"""Waits for a cohort; returns what came of its messages, and the part that the fold made."""
+Fetch = Callable[[int], tuple[list[Outcome], list[tuple[int, int, Any]]]]
+"""Waits for a cohort; returns what came of its messages, and parts that came with it (see `fedkd.cohorts.Parts`)."""
 
 
 class SimulationGrid(Grid):
@@ -158,17 +160,18 @@ class SimulationGrid(Grid):
         messages : iterable of Message
             At most one for each client, in any order.
         fold : callable
-            ``fold([(partition id, reply), …]) -> (slim replies, part)`` for the replies of one cohort, in partition
-            order. Slim replies are what the server still needs of each: counts, metrics, or an error with the reason
-            why a reply was left out. Runs in a worker: pickled once per call.
+            ``fold([(partition id, reply), …]) -> (results, part)`` for the replies of one cohort, in partition order.
+            Results are what the server still needs of each: counts, metrics, or why a reply was left out. Its method
+            ``merge(part, other) -> part`` joins the parts of neighbouring cohorts. Runs in workers: pickled once.
         keep : bool
             Whether the whole replies stay where they are, for `compute` and `whole`. Default: they are dropped.
 
         Yields
         ------
         Folded
-            One for each cohort, in the order of `fedkd.cohorts.compose`, as soon as it can be had. Cohorts depend on
-            the messages alone, so a merge of the parts in this order has the same bits on every engine.
+            One for each cohort, in the order of `fedkd.cohorts.compose`, as soon as it can be had. Cohorts and the
+            order of merging depend on the messages alone, so the part in the last one has the same bits on every
+            engine; it is None where no cohort made one.
 
         Raises
         ------
@@ -182,19 +185,27 @@ class SimulationGrid(Grid):
         items.sort(key=lambda item: item.partition)
         if any(one.partition == other.partition for one, other in itertools.pairwise(items)):
             raise ValueError("two messages to one client cannot be folded")
-        cohorts = self._cohorts(items)
+        cohorts, parts = self._cohorts(items), Parts(fold.merge)
         with self._running(items, cohorts, None, fold, keep) as fetch:
             for number, cohort in enumerate(cohorts):
-                outcomes, part = fetch(number)
-                replies = []
+                outcomes, loose = fetch(number)
+                for level, index, part in loose:
+                    parts.add(index, part, level)
                 for position, outcome in zip(cohort, outcomes):
                     self._commit(items[position].partition, outcome)
-                    replies.append(self._addressed(outcome.reply, items[position].message, outcome.stored))
-                yield Folded(replies, part)
+                yield Folded(
+                    [items[position].partition for position in cohort],
+                    [outcome.reply for outcome in outcomes],
+                    [
+                        None if o.stored is None else _stand_in(items[p].message, o.stored)
+                        for p, o in zip(cohort, outcomes)
+                    ],
+                    parts.result() if number == len(cohorts) - 1 else None,
+                )
 
     @abstractmethod
     def whole(self, reply: Message) -> Message:
-        """Return the whole reply for a slim one of `send_and_fold` with ``keep = True``."""
+        """Return the whole reply for what stands for it after `send_and_fold` with ``keep = True``."""
 
     @abstractmethod
     def compute(self, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
@@ -371,3 +382,10 @@ class SimulationGrid(Grid):
         if stored is not None:
             addressed.__dict__[STORED] = stored
         return addressed
+
+
+def _stand_in(message: Message, stored: Any) -> Message:
+    """Return an empty message that stands for the reply to another one."""
+    stand_in = make_message(message.metadata, RecordDict())
+    stand_in.__dict__[STORED] = stored
+    return stand_in

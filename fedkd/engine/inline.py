@@ -64,7 +64,7 @@ class InlineGrid(SimulationGrid):
     def _running(
         self, items: list[Item], cohorts: list[list[int]], deadline: float | None, fold: Fold | None, keep: bool
     ) -> Iterator[Fetch]:
-        def fetch(number: int) -> tuple[list[Outcome], Any]:
+        def fetch(number: int) -> tuple[list[Outcome], list[tuple[int, int, Any]]]:
             chosen = [items[position] for position in cohorts[number]]
             partitions = [item.partition for item in chosen]
             answers = self._runner.run(
@@ -73,13 +73,16 @@ class InlineGrid(SimulationGrid):
                 [self._states.get(partition) for partition in partitions],
                 deadline,
             )
-            whole = [answer.reply for answer in answers]
-            replies, part = folded(fold, partitions, whole)
+            whole: list[Any] = [answer.reply for answer in answers]
+            replies, loose = whole, []
+            if fold is not None:
+                replies, part = folded(fold, partitions, whole)
+                loose = [(0, number, part)]
             kept = whole if keep and fold is not None else [None] * len(whole)
             return [
                 Outcome(reply, KEPT if answer.state is None else NEW, answer.state or None, stored)
                 for reply, answer, stored in zip(replies, answers, kept)
-            ], part
+            ], loose
 
         yield fetch
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import Error, Message, RecordDict
 from flwr.app.message import make_message
 
-from fedkd.cohorts import Costs, in_tasks, longest_first
+from fedkd.cohorts import Costs, in_tasks
 from fedkd.engine.grid import STORED, Fetch, Item, Outcome, SimulationGrid
 from fedkd.engine.measure import Measured
 from fedkd.engine.nodes import Nodes
@@ -21,7 +21,7 @@ from fedkd.engine.worker import KEPT, NEW, AppFactory, Cohort, Fold, Order, Rece
 from fedkd.errors import RunError
 
 if TYPE_CHECKING:
-    from fedkd.engine.pool import Pool
+    from fedkd.engine.pool import Done, Pool
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +77,9 @@ class RayGrid(SimulationGrid):
 
         super().__init__(nodes, run_config, cohort=cohort)
         self._costs = Costs()
+        self._stateful = (
+            True  # whether clients seem to have states: each is an object of its own then, which costs time
+        )
         self._pool: Pool = Pool(
             (app_factory, len(nodes), self.run_config),
             workers=workers,
@@ -142,53 +145,59 @@ class RayGrid(SimulationGrid):
     def _running(
         self, items: list[Item], cohorts: list[list[int]], deadline: float | None, fold: Fold | None, keep: bool
     ) -> Iterator[Fetch]:
-        from fedkd.engine.pool import Done, Job
+        from fedkd.engine.pool import Job
 
         archs = [self.nodes.archs[self.nodes.index(items[cohort[0]].partition)] for cohort in cohorts]
         samples = [self._samples(items[position].partition for position in cohort) for cohort in cohorts]
         costs = [self._costs.of(arch, count) for arch, count in zip(archs, samples)]
-        tasks = in_tasks(longest_first(costs), costs, len(self._pool.actors))
+        tasks = in_tasks(costs, len(self._pool.actors))
+        stateful, self._stateful = self._stateful or bool(self._states), False
         home = {number: (task, place) for task, numbers in enumerate(tasks) for place, number in enumerate(numbers)}
         shared = _Shared([item.message.content for item in items], self._pool.put)
         fold_ref = None if fold is None else self._pool.put(fold)
 
-        def job(numbers: list[int]) -> Job:
+        def job(numbers: range) -> Job:
             objects: list[Any] = []
             bundles = []
             for number in numbers:
                 chosen = [items[position] for position in cohorts[number]]
                 contents = [shared.part(item.message.content, objects) for item in chosen]
-                bundles.append(Cohort([i.message.metadata for i in chosen], contents, [i.partition for i in chosen]))
+                metadata, partitions = [i.message.metadata for i in chosen], [i.partition for i in chosen]
+                bundles.append(Cohort(number, metadata, contents, partitions))
             partitions = [partition for bundle in bundles for partition in bundle.partitions]
-            order = Order(keep, deadline, len(objects))
+            order = Order(keep, deadline, len(objects), stateful)
 
             def arguments() -> tuple[Any, ...]:
-                return (bundles, order, fold_ref, *objects, *(self._states.get(p) for p in partitions))
+                states = [self._states.get(p) for p in partitions] if self._states else []
+                return (bundles, order, fold_ref, *objects, *states)
 
             def repaired() -> tuple[Any, ...]:
                 self._rebuild(partitions)
                 return arguments()
 
-            return Job("run", arguments(), _FIXED + len(partitions), 1, repaired)
+            return Job("run", arguments(), _FIXED + (len(partitions) if stateful else 1), 1, repaired)
 
         done: dict[int, Done | Error] = {}
         limit = math.inf if deadline is None else deadline
         with self._pool.dispatch([job(numbers) for numbers in tasks], deadline=limit) as result:
 
-            def fetch(number: int) -> tuple[list[Outcome], Any]:
+            def fetch(number: int) -> tuple[list[Outcome], list[tuple[int, int, Any]]]:
                 task, place = home[number]
+                loose = []
                 if task not in done:
-                    done[task] = result(task)
+                    done[task], loose = self._taken(result(task), stateful)
                 ended = done[task]
                 if isinstance(ended, Error):
                     failed = [items[position].message for position in cohorts[number]]
-                    return [Outcome(Message(ended, reply_to=message), KEPT) for message in failed], None
+                    return [
+                        Outcome(ended if fold is not None else Message(ended, reply_to=message), KEPT)
+                        for message in failed
+                    ], loose
                 receipt: Receipt = ended.first[place]
-                replies, part = ended.value[place]
-                ended.value[place] = None  # not kept longer than needed
+                replies, ended.value[place] = ended.value[place], None  # not kept longer than needed
                 self._costs.learn(archs[number], samples[number], receipt.seconds)
                 first = _FIXED + sum(len(cohorts[other]) for other in tasks[task][:place])
-                where = (ended.refs[1], (place, 0)) if fold is None else (ended.refs[2], (place,)) if keep else None
+                where = (ended.refs[1], (0, place)) if fold is None else (ended.refs[2], (place,)) if keep else None
                 return [
                     Outcome(
                         reply,
@@ -197,9 +206,22 @@ class RayGrid(SimulationGrid):
                         None if where is None else (where[0], (*where[1], k)),
                     )
                     for k, (reply, change) in enumerate(zip(replies, receipt.changes))
-                ], part
+                ], loose
 
             yield fetch
+
+    def _taken(self, ended: Done | Error, stateful: bool) -> tuple[Done | Error, list[tuple[int, int, Any]]]:
+        """Return a task, with a reference to each client's new state, and the parts that it has made."""
+        if isinstance(ended, Error):
+            return ended, []
+        values, loose = ended.value
+        refs = ended.refs
+        if any(change == NEW for receipt in ended.first for change in receipt.changes):
+            self._stateful = True
+            if not stateful:  # nobody expected states, and they came as one object: for once they pass the driver
+                states = self._pool.get([refs[_FIXED]])[0]
+                refs = [*refs[:_FIXED], *(self._pool.put(state) if state else None for state in states)]
+        return ended._replace(value=values, refs=refs), loose
 
     def measure(self, cohorts: Sequence[Sequence[Message]]) -> list[Measured]:
         """Run cohorts on one of the workers, see `SimulationGrid.measure`."""
@@ -210,7 +232,7 @@ class RayGrid(SimulationGrid):
         for messages in cohorts:
             partitions = self._registered(messages)
             parts = [shared.part(message.content, objects) for message in messages]
-            bundles.append(Cohort([message.metadata for message in messages], parts, partitions))
+            bundles.append(Cohort(len(bundles), [message.metadata for message in messages], parts, partitions))
         self._pool.tell("measure", bundles[:1], *objects)
         with self._pool.dispatch([Job("measure", (bundles, *objects))]) as result:
             done = result(0)

@@ -6,23 +6,34 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, Metadata, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, Metadata, MetricRecord, RecordDict
 from flwr.app.message import make_message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
-from fedkd.arrays import buffered
+from fedkd.arrays import BufferArray, buffered
+from fedkd.cohorts import Parts
 from fedkd.engine.measure import Measured, measure
 from fedkd.meeting import meet
 from fedkd.threads import one_thread
 
 Record = ArrayRecord | MetricRecord | ConfigRecord
 AppFactory = Callable[[], ClientApp]
-Fold = Callable[[list[tuple[int, Message]]], tuple[list[Message], Any]]
-"""Replies of a cohort with their partition ids → slim replies in the same order, and the cohort's partial result."""
+
+
+class Fold(Protocol):
+    """Makes of the replies of a cohort what the server still needs of them, where the clients ran."""
+
+    def __call__(self, replies: list[tuple[int, Message]]) -> tuple[list[Any], Any]:
+        """Return a result for each reply, which come with their partition ids, and the cohort's part of a sum."""
+        ...
+
+    def merge(self, part: Any, other: Any) -> Any:
+        """Return the part of both, of which the second is of later cohorts; the first may be changed, either kept."""
+        ...
 
 
 class Answer(NamedTuple):
@@ -35,7 +46,7 @@ class Answer(NamedTuple):
 def private(records: RecordDict) -> RecordDict:
     """Copy records so that whoever changes the copy changes nothing for anybody else.
 
-    Only the bytes of arrays are shared, which are immutable; so the copy costs microseconds per array,
+    Only the bytes of arrays are shared, which are immutable; so the copy costs a microsecond per array,
     whatever their size.
 
     Examples
@@ -49,15 +60,17 @@ def private(records: RecordDict) -> RecordDict:
     >>> theirs["w"]["0"].data is ours["w"]["0"].data
     True
     """
-    return RecordDict({name: _private_record(record) for name, record in records.items()})
+    twin = records.copy()
+    for name, record in records.items():
+        twin[name] = _private_record(record)
+    return twin
 
 
 def _private_record(record: Record) -> Record:
-    if not isinstance(record, ArrayRecord):
-        return copy.deepcopy(record)
-    twin = ArrayRecord()
-    for name, array in record.items():
-        twin[name] = copy.copy(array)
+    twin = record.copy()
+    for name, value in record.items():
+        if isinstance(value, list) or (isinstance(value, Array) and not isinstance(value, BufferArray)):
+            twin[name] = copy.copy(value)  # pyright: ignore[reportArgumentType]
     return twin
 
 
@@ -173,6 +186,7 @@ KEPT, EMPTY, NEW = range(3)
 class Cohort(NamedTuple):
     """A cohort on its way to a worker. Numbers in `contents` refer to objects that travel by reference."""
 
+    number: int
     metadata: list[Metadata]
     contents: list[int | list[tuple[str, int | Record]]]  # a shared content, or records, some of them shared
     partitions: list[int]
@@ -183,7 +197,8 @@ class Order(NamedTuple):
 
     keep: bool  # whether whole replies stay beside what the fold makes of them
     deadline: float | None
-    shared: int  # how many of the task's objects are contents and records; the clients' states follow
+    shared: int  # how many of the task's objects are contents and records; the clients' states follow, if there are any
+    apart: bool  # whether each client's new state is an object of its own
 
 
 class Receipt(NamedTuple):
@@ -240,24 +255,30 @@ class Worker:
         Returns
         -------
         tuple
-            Receipts; (replies, partial result) of each cohort; the whole replies of each cohort, if there is a fold
-            and they are to be kept; then a state for each client.
+            Receipts; replies, or results of the fold, of each cohort, and parts that the fold made (see
+            `fedkd.cohorts.Parts`); the whole replies of each cohort, if there is a fold and they are to be kept; then
+            a state for each client, or a list of them.
         """
         self.load()
         receipts, values, kept, states = [], [], [], []
+        parts = Parts(fold.merge if fold is not None else _no_merge)
         at = order.shared
         for cohort in cohorts:
             began = time.perf_counter()
             until = at + len(cohort.partitions)
-            answers, value = self._cohort(cohort, order, fold, objects, objects[at:until])
+            before = objects[at:until] or [None] * len(cohort.partitions)
+            answers, value, part = self._cohort(cohort, order, fold, objects, before)
             at = until
             values.append(value)
+            if fold is not None:
+                with one_thread():
+                    parts.add(cohort.number, part)
             if fold is not None and order.keep:
                 kept.append([_ready(answer.reply) for answer in answers])
             states += [for_transport(a.state) if a.state else None for a in answers]
             changes = [KEPT if a.state is None else NEW if a.state else EMPTY for a in answers]
             receipts.append(Receipt(changes, time.perf_counter() - began))
-        return receipts, values, kept or None, *states
+        return receipts, (values, parts.loose()), kept or None, *(states if order.apart else [states])
 
     def _cohort(
         self,
@@ -266,11 +287,13 @@ class Worker:
         fold: Fold | None,
         objects: Sequence[Any],
         states: Sequence[RecordDict | None],
-    ) -> tuple[list[Answer], tuple[list[Message], Any]]:
+    ) -> tuple[list[Answer], list[Any], Any]:
         assert self._runner is not None
         answers = self._runner.run(_messages(cohort, objects), cohort.partitions, states, order.deadline)
-        replies, part = folded(fold, cohort.partitions, [answer.reply for answer in answers])
-        return answers, ([_ready(reply) for reply in replies], part)
+        replies = [answer.reply for answer in answers]
+        if fold is None:
+            return answers, [_ready(reply) for reply in replies], None
+        return answers, *folded(fold, cohort.partitions, replies)
 
     def measure(self, cohorts: Sequence[Cohort], *objects: Any) -> list[Measured]:
         """Run cohorts for the sake of measuring, see `SimulationGrid.measure`; objects as in `run`."""
@@ -309,10 +332,12 @@ def _ready(reply: Message) -> Message:
     return reply
 
 
-def folded(fold: Fold | None, partitions: Sequence[int], replies: list[Message]) -> tuple[list[Message], Any]:
-    """Return the slim replies of a cohort and its partial result; without a fold, the replies and None."""
-    if fold is None:
-        return replies, None
+def _no_merge(part: Any, other: Any) -> Any:
+    raise AssertionError("nothing was folded")
+
+
+def folded(fold: Fold, partitions: Sequence[int], replies: list[Message]) -> tuple[list[Any], Any]:
+    """Return what a fold makes of the replies of a cohort."""
     with one_thread():
         return fold(list(zip(partitions, replies)))
 

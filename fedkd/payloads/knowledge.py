@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
-from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedkd.arrays import array_record, view
 from fedkd.errors import KnowledgeError
@@ -134,8 +134,11 @@ class Knowledge:
             A payload of unknown type or one that cannot be read, a count that is none, a metric that is not finite.
         """
         payloads: dict[str, Any] = {}
-        for kind, arrays in records.array_records.items():
-            meta = records.config_records.get(f"{kind}.meta", ConfigRecord())
+        for kind, arrays in records.items():
+            if not isinstance(arrays, ArrayRecord):
+                continue
+            meta = records.get(f"{kind}.meta")
+            meta = meta if isinstance(meta, ConfigRecord) else ConfigRecord()
             name = str(meta.get("type", ""))
             if name not in KINDS:
                 raise KnowledgeError(f"payload {kind!r} is of unknown type {name!r}")
@@ -144,7 +147,8 @@ class Knowledge:
             except Exception as error:  # whatever a stranger's bytes may cause
                 reason = f"payload {kind!r} cannot be read: {type(error).__name__}: {error}"
                 raise KnowledgeError(reason) from error
-        metrics = dict(records.metric_records.get(METRICS, MetricRecord()))
+        told = records.get(METRICS)
+        metrics = dict(told) if isinstance(told, MetricRecord) else {}
         count = metrics.pop(NUM_EXAMPLES, 0)
         if not isinstance(count, int) or not 0 <= count < 2**53:
             raise KnowledgeError("num-examples is not a count")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,8 +14,9 @@ from fedkd.errors import KnowledgeError, ScenarioError
 from fedkd.payloads import State, Weights, all_finite
 from fedkd.server.totals import Total
 from fedkd.server.uploads import Upload, sum_up
+from fedkd.threads import one_thread
 
-CHUNK = 1 << 15  # numbers that are added at a time
+CHUNK = 1 << 16  # numbers that are added at a time: their sums stay in the cache
 
 
 class HasWeights(Protocol):
@@ -161,14 +163,20 @@ class Averages(Total):
         weights.check(self.expected[upload.arch])
         if upload.num_examples < 1:
             raise KnowledgeError("no examples behind the upload")
+        self._weight(upload)
 
     def add(self, upload: Any) -> None:
         """Add an upload's state with its weight."""
-        name = str(getattr(upload, self.by))
-        weight = self._weight(upload)
-        if not math.isfinite(weight) or weight < 0:
-            raise KnowledgeError(f"an upload of {name} has weight {weight}")
-        self.means.setdefault(name, StateMean(name)).add(upload.state, weight)
+        self.add_all([upload])
+
+    def add_all(self, uploads: Sequence[Any]) -> None:
+        """Add uploads of which those of one group are read together."""
+        groups: dict[str, list[Any]] = {}
+        for upload in uploads:
+            groups.setdefault(str(getattr(upload, self.by)), []).append(upload)
+        for name, members in groups.items():
+            states = [(upload.state, self._weight(upload)) for upload in members]
+            self.means.setdefault(name, StateMean(name)).add_all(states)
 
     def merge(self, other: Self) -> None:
         """Merge group by group."""
@@ -189,8 +197,12 @@ class Averages(Total):
 
     def _weight(self, upload: Any) -> float:
         if callable(self.weights):
-            return float(self.weights(upload))
-        return float(upload.num_examples) if self.weights == "examples" else 1.0
+            weight = float(self.weights(upload))
+        else:
+            weight = float(upload.num_examples) if self.weights == "examples" else 1.0
+        if not math.isfinite(weight) or weight < 0:
+            raise KnowledgeError(f"an upload of {getattr(upload, self.by)} has weight {weight}")
+        return weight
 
 
 class StateMean:
@@ -215,6 +227,7 @@ class StateMean:
         self.count = 0
         self.sums: dict[str, Tensor] = {}
         self.dtypes: dict[str, torch.dtype] = {}
+        self._borrowed = False  # whether the sums are somebody else's, maybe in read-only memory
 
     def add(self, state: Mapping[str, Tensor], weight: float = 1.0) -> None:
         """Add a state with a weight >= 0.
@@ -224,29 +237,44 @@ class StateMean:
         KnowledgeError
             The state does not fit the ones before.
         """
-        if not self.dtypes:
-            self.dtypes = {key: tensor.dtype for key, tensor in state.items()}
-        elif state.keys() != self.dtypes.keys():
-            odd = sorted(state.keys() ^ self.dtypes.keys())
-            raise KnowledgeError(f"uploads of {self.name} have different entries: {odd[:3]}")
-        if weight == 0:
-            return
-        if self.count == 0:
-            # Multiplied by its weight only when a second one arrives: a mean of one must keep its bits, which
-            # (w·x)/w does not do in float64.
-            self.sums = {k: t.detach().to(torch.float64, copy=True).contiguous() for k, t in state.items()}
-        else:
-            for key, tensor in state.items():
-                if tensor.shape != self.sums[key].shape:
+        self.add_all([(state, weight)])
+
+    def add_all(self, states: Sequence[tuple[Mapping[str, Tensor], float]]) -> None:
+        """Add states with their weights: the bits are those of adding one by one, and large sums are read once.
+
+        Raises
+        ------
+        KnowledgeError
+            A state does not fit the ones before; nothing is added then.
+        """
+        reference = self.sums or next((state for state, weight in states if weight), {})
+        for state, weight in states:
+            self.dtypes = self.dtypes or {key: tensor.dtype for key, tensor in state.items()}
+            if state.keys() != self.dtypes.keys():
+                odd = sorted(state.keys() ^ self.dtypes.keys())
+                raise KnowledgeError(f"uploads of {self.name} have different entries: {odd[:3]}")
+            for key, tensor in state.items() if weight else ():
+                if tensor.shape != reference[key].shape:
                     raise KnowledgeError(
                         f"uploads of {self.name} differ in shape: {key} is {tuple(tensor.shape)} "
-                        f"and {tuple(self.sums[key].shape)}"
+                        f"and {tuple(reference[key].shape)}"
                     )
+        counted = [(state, weight) for state, weight in states if weight]
+        if not counted:
+            return
+        self._own()
+        alone = self.count + len(counted) == 1
+        if self.count == 1:
             self._weigh()
-            for key, tensor in state.items():
-                _accumulate(self.sums[key], tensor, weight)
-        self.weight += weight
-        self.count += 1
+        for key in self.dtypes:
+            if self.count == 0:
+                self.sums[key] = _room(reference[key])
+            # The weight of a single state comes in with the second one: a mean of one must keep its bits, which
+            # (w·x)/w does not do in float64.
+            weighted = [(state[key], 1.0 if alone else weight) for state, weight in counted]
+            _accumulate(self.sums[key], weighted, fresh=self.count == 0)
+        self.weight += sum(weight for _, weight in counted)
+        self.count += len(counted)
 
     def merge(self, other: StateMean) -> None:
         """Add the states that another mean was fed.
@@ -263,19 +291,30 @@ class StateMean:
         if other.count == 0:
             return
         if self.count == 0:
-            self.sums = {key: total.clone() for key, total in other.sums.items()}  # a worker's are read-only
+            self.sums, self._borrowed = dict(other.sums), True
         else:
-            self._weigh()
-            for key, total in other.sums.items():
-                _accumulate(self.sums[key], total, other.weight if other.count == 1 else 1.0)
+            factor = other.weight if other.count == 1 else 1.0
+            if self._borrowed and self.count > 1:
+                sums, self._borrowed = self.sums, False
+                self.sums = {k: torch.add(t, other.sums[k], alpha=factor, out=_room(t)) for k, t in sums.items()}
+            else:
+                self._own()
+                if self.count == 1:
+                    self._weigh()
+                for key, total in other.sums.items():
+                    _accumulate(self.sums[key], [(total, factor)])
         self.weight += other.weight
         self.count += other.count
 
+    def _own(self) -> None:
+        """Make sure that the sums may be changed."""
+        if self._borrowed:
+            self.sums, self._borrowed = {key: _room(t).copy_(t) for key, t in self.sums.items()}, False
+
     def _weigh(self) -> None:
-        """Multiply the first state by its weight, now that it is not the only one."""
-        if self.count == 1:
-            for total in self.sums.values():
-                total.mul_(self.weight)
+        """Multiply the only state so far by its weight."""
+        for total in self.sums.values():
+            total.mul_(self.weight)
 
     def __getstate__(self) -> dict[str, Any]:
         # As arrays they travel between processes without being copied; tensors would not.
@@ -294,24 +333,39 @@ class StateMean:
         """
         if self.count == 0:
             raise KnowledgeError(f"cannot average {self.name}: no uploads, or their weights sum to 0")
-        averaged = {}
-        for key, total in self.sums.items():
-            mean = total if self.count == 1 else total.div_(self.weight)
-            dtype = self.dtypes[key]
-            if not dtype.is_floating_point:
-                mean = mean.round()
-            averaged[key] = mean.to(dtype)
-            if not all_finite(averaged[key]):
-                raise KnowledgeError(f"the average of {self.name} is not finite: {key} holds NaN or infinite numbers")
-        return averaged
+        with one_thread():  # memory is what this waits for
+            return {key: self._mean(key, total) for key, total in self.sums.items()}
+
+    def _mean(self, key: str, total: Tensor) -> Tensor:
+        mean = torch.empty(total.shape, dtype=self.dtypes[key], device=total.device)
+        for into, piece in zip(mean.view(-1).split(CHUNK), total.contiguous().view(-1).split(CHUNK)):
+            piece = piece if self.count == 1 else piece / self.weight
+            into.copy_(piece if mean.dtype.is_floating_point else piece.round())
+        if not all_finite(mean):
+            raise KnowledgeError(f"the average of {self.name} is not finite: {key} holds NaN or infinite numbers")
+        return mean
 
 
-def _accumulate(total: Tensor, values: Tensor, weight: float) -> None:
-    """Add ``weight * values`` to a contiguous float64 tensor, a piece at a time: float64 copies stay in the cache."""
-    values = values.detach().to(total.device)
-    if values.numel() <= CHUNK:
-        total.add_(values.double(), alpha=weight)
-        return
-    pieces = values.contiguous().view(-1).split(CHUNK)
-    for into, piece in zip(total.view(-1).split(CHUNK), pieces):
-        into.add_(piece.double(), alpha=weight)
+def _room(like: Tensor) -> Tensor:
+    """Return an uninitialised float64 tensor of the same shape."""
+    if like.device.type != "cpu":
+        return torch.empty(like.shape, dtype=torch.float64, device=like.device)
+    # NumPy asks the system for large pages, PyTorch does not: fresh memory is then ready in a third of the time.
+    return torch.from_numpy(np.empty(tuple(like.shape)))
+
+
+def _accumulate(total: Tensor, weighted: Sequence[tuple[Tensor, float]], *, fresh: bool = False) -> None:
+    """Add tensors times weights to a contiguous float64 tensor, all of them to one piece of it after the other.
+
+    If it is fresh, it holds nothing yet.
+    """
+    # Of a state with channels last, say, a contiguous copy is needed.
+    flat = [(values.detach().to(total.device).contiguous().view(-1).split(CHUNK), w) for values, w in weighted]
+    for number, into in enumerate(total.view(-1).split(CHUNK)):
+        for place, (pieces, weight) in enumerate(flat):
+            if fresh and place == 0:
+                into.copy_(pieces[number])
+                if weight != 1:
+                    into.mul_(weight)
+            else:
+                into.add_(pieces[number], alpha=weight)

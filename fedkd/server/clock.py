@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 
 from fedkd.client.faults import SLOWDOWN
 from fedkd.client.handlers import SAMPLES
 from fedkd.data.local import find_file
 from fedkd.engine.clock import Availability, Bernoulli, Clock, Devices, Diurnal, Listed, LogNormal, Timing, Trace
-from fedkd.payloads import CONFIG
 from fedkd.scenario import Scenario
 from fedkd.server.uploads import Check, Upload, Verdict
 
@@ -86,12 +85,12 @@ class InTime:
 
     def seconds(self, upload: Upload, nbytes: Mapping[str, int]) -> float:
         """Return when an upload of so many bytes arrives, in simulated seconds after the exchange began."""
-        said = upload.message.content.config_records.get(CONFIG, ConfigRecord())
+        said = upload.said
         return self.timing.seconds(
             upload.partition_id,
-            samples=float(said.get(SAMPLES, 0)),  # type: ignore[arg-type]
+            samples=float(said.get(SAMPLES, 0)),
             up=sum(nbytes.values()),
-            slowdown=float(said.get(SLOWDOWN, 1)),  # type: ignore[arg-type]
+            slowdown=float(said.get(SLOWDOWN, 1)),
         )
 
 

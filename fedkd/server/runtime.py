@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from flwr.app import Message, RecordDict
+from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ from fedkd.payloads import CONFIG, Knowledge, State, Weights
 from fedkd.server.clock import TimedExchange, make_clock, num_bytes
 from fedkd.server.compute import Compute
 from fedkd.server.totals import Total
-from fedkd.server.uploads import Check, FoldUploads, Upload, Verdict, inspect, read_slim
+from fedkd.server.uploads import Check, FoldUploads, Place, Upload, Verdict, failed, inspect
 from fedkd.students import (
     build_student,
     complete,
@@ -253,7 +253,7 @@ class ServerRuntime:
         Yields
         ------
         list of Upload, Total or None
-            A cohort's accepted uploads, without their payloads, and its sum; None if the whole cohort failed.
+            A cohort's accepted uploads, without their payloads; with the last cohort, the sum of all of them.
         """
         federation = self.federation
         messages, timed = self._timed(self.messages(message_type, knowledge, round=round), round)
@@ -265,15 +265,18 @@ class ServerRuntime:
         fold = FoldUploads(total.empty(), {p: federation.archs[p] for p in asked}, tuple(checks))
         cohorts = self._cohorts(asked)
         grid: Any = self.grid
-        for replies, part in grid.send_and_fold(messages, fold, keep=keep):
+        fetch = grid.whole if keep else None
+        for folded in grid.send_and_fold(messages, fold, keep=keep):
             accepted = []
-            for reply in replies:
-                p = self.partition_of(reply.metadata.src_node_id)
-                verdict = read_slim(reply, p, federation.archs[p], cohorts[p], grid.whole if keep else None)
+            for p, note, message in zip(folded.partitions, folded.results, folded.kept):
+                if isinstance(note, Error):
+                    verdict = failed(note)
+                else:
+                    verdict = note.verdict(p, federation.archs[p], cohorts[p], message, fetch)
                 if timed is not None:
                     timed.note(p, verdict)
                 accepted.extend(self._account(verdict, p, round))
-            yield accepted, part
+            yield accepted, folded.part
         if timed is not None:
             timed.end()
 
@@ -290,11 +293,12 @@ class ServerRuntime:
         dropped = set(timed.dropped)
         return [m for m in messages if self.partition_of(m.metadata.dst_node_id) not in dropped], timed
 
-    def _cohorts(self, partition_ids: Iterable[int]) -> dict[int, int]:
-        """Return the name of each client's cohort: the partition id of its last client."""
+    def _cohorts(self, partition_ids: Iterable[int]) -> dict[int, Place]:
+        """Return each client's cohort."""
         chosen = sorted(set(partition_ids))
         cohorts = compose(chosen, [self.federation.archs[p] for p in chosen], self.scenario.system.cohort)
-        return {chosen[position]: chosen[cohort[-1]] for cohort in cohorts for position in cohort}
+        places = [Place(number, chosen[cohort[-1]]) for number, cohort in enumerate(cohorts)]
+        return {chosen[position]: place for cohort, place in zip(cohorts, places) for position in cohort}
 
     def _account(self, verdict: Verdict, partition_id: int, round: int) -> list[Upload]:
         """Count the bytes of an upload; return it, or report why it is refused."""
@@ -336,7 +340,7 @@ class ServerRuntime:
         *,
         round: int,
         checks: Sequence[Check],
-        cohorts: Mapping[int, int] | None = None,
+        cohorts: Mapping[int, Place] | None = None,
         timed: TimedExchange | None = None,
     ) -> Iterator[Upload]:
         """Yield the uploads in replies that are no errors and that the checks accept; count their bytes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -17,8 +18,8 @@ from fedkd.server.uploads import Upload
 class Total(ABC):
     """A sum over uploads that can be made in parts and merged; starts empty, can be copied and pickled.
 
-    Parts are made cohort by cohort and merged in the order of the cohorts, on every engine; accumulate in float64,
-    and the bits depend neither on the number of workers nor on which of them died.
+    Parts are made cohort by cohort and merged pairwise (see `fedkd.cohorts.Parts`), on every engine; accumulate in
+    float64, and the bits depend neither on the number of workers nor on which of them died.
     """
 
     def empty(self) -> Self:
@@ -37,11 +38,16 @@ class Total(ABC):
 
     @abstractmethod
     def add(self, upload: Upload) -> None:
-        """Add an upload."""
+        """Add an upload that `check` has accepted."""
+
+    def add_all(self, uploads: Sequence[Upload]) -> None:
+        """Add uploads in order, with the bits of `add`. Default: one by one."""
+        for upload in uploads:
+            self.add(upload)
 
     @abstractmethod
     def merge(self, other: Self) -> None:
-        """Add what another part has summed; `other` is not used afterwards."""
+        """Add what another part has summed; `other` is not used afterwards, and may become a part of this."""
 
 
 class OutputMeans(Total):
@@ -114,6 +120,11 @@ class Several(Total):
         """Add an upload to all of them."""
         for part in self.parts.values():
             part.add(upload)
+
+    def add_all(self, uploads: Sequence[Upload]) -> None:
+        """Add uploads to all of them."""
+        for part in self.parts.values():
+            part.add_all(uploads)
 
     def merge(self, other: Self) -> None:
         """Merge sum by sum."""

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
-from flwr.app import ConfigRecord, Message, MetricRecord
-from flwr.app.message import make_message
+from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 
+from fedkd.cohorts import Parts
 from fedkd.errors import KnowledgeError, LateError
 from fedkd.payloads import CONFIG, Knowledge, State, Weights
+from fedkd.threads import one_thread
 
 if TYPE_CHECKING:
     from fedkd.server.totals import Total
 
-BYTES = "fedkd.bytes"  # record of a slim reply: bytes of each kind of payload
-REFUSED = "fedkd.refused"  # record of a slim reply: why the upload was left out
 Check = Callable[["Upload"], None]
 T = TypeVar("T", bound="Total")
+
+
+class Place(NamedTuple):
+    """A client's cohort."""
+
+    number: int = 0
+    end: float = math.inf  # partition id of its last client
+
+
+ALONE = Place()
+"""The cohort of uploads that have no other."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,10 +45,12 @@ class Upload:
         Its architecture.
     knowledge : Knowledge
         What it shared; without payloads where they were summed on a worker.
-    message : Message
-        The Flower message that brought it.
-    cohort : int
-        Partition id of the last client of its cohort, by which sums are made.
+    message : Message, optional
+        The Flower message that brought it, or stands for the one that is where the client ran; None if nobody kept it.
+    cohort : Place
+        The client's cohort, by which sums are made.
+    said : dict of str to int, float or str
+        What the client said about its work beside what it shared.
     fetch : callable, optional
         Gets the whole message where `knowledge` is without payloads.
     """
@@ -45,8 +58,9 @@ class Upload:
     partition_id: int
     arch: str
     knowledge: Knowledge
-    message: Message
-    cohort: int = 0
+    message: Any  # a Message or None: whoever needs it asks for uploads that are kept
+    cohort: Place = ALONE
+    said: Mapping[str, Any] = field(default_factory=dict)
     fetch: Callable[[Message], Message] | None = field(default=None, repr=False)
 
     @property
@@ -64,7 +78,7 @@ class Upload:
             The upload holds none.
         """
         knowledge = self.knowledge
-        if self.fetch is not None and "weights" not in knowledge:
+        if self.fetch is not None and self.message is not None and "weights" not in knowledge:
             knowledge = Knowledge.from_records(self.fetch(self.message).content)
         return knowledge.get(Weights).state
 
@@ -91,7 +105,7 @@ class Verdict:
     missed: bool = False
 
 
-def inspect(reply: Message, partition_id: int, arch: str, checks: Iterable[Check], cohort: int = 0) -> Verdict:
+def inspect(reply: Message, partition_id: int, arch: str, checks: Iterable[Check], cohort: Place = ALONE) -> Verdict:
     """Read and check one reply; whatever it may cause, it costs its sender alone.
 
     Parameters
@@ -104,17 +118,16 @@ def inspect(reply: Message, partition_id: int, arch: str, checks: Iterable[Check
         Its architecture.
     checks : iterable of callable
         Raise `KnowledgeError` for an upload to be refused.
-    cohort : int
+    cohort : Place
         Of the client.
     """
+    if reply.has_error():
+        return failed(reply.error)
     nbytes: dict[str, int] = {}
     try:
-        if reply.has_error():
-            lost = reply.error.code == ErrorCode.REPLY_MESSAGE_UNAVAILABLE
-            raise (LateError if lost else KnowledgeError)(reply.error.reason or f"error {reply.error.code}")
         knowledge = Knowledge.from_records(reply.content)
         nbytes = knowledge.nbytes
-        upload = Upload(partition_id, arch, knowledge, reply, cohort)
+        upload = Upload(partition_id, arch, knowledge, reply, cohort, dict(reply.content.get(CONFIG) or {}))
         for check in checks:
             check(upload)
     except Exception as error:
@@ -123,6 +136,45 @@ def inspect(reply: Message, partition_id: int, arch: str, checks: Iterable[Check
         reason = str(error) if isinstance(error, KnowledgeError) else f"{type(error).__name__}: {error}"
         return Verdict(nbytes, reason=reason)
     return Verdict(nbytes, upload)
+
+
+def failed(error: Error) -> Verdict:
+    """Return what comes of a reply that is an error."""
+    missed = error.code == ErrorCode.REPLY_MESSAGE_UNAVAILABLE
+    return Verdict({}, reason=error.reason or f"error {error.code}", missed=missed)
+
+
+class Note(NamedTuple):
+    """What the server learns of an upload that was summed where its client ran."""
+
+    nbytes: dict[str, int]
+    num_examples: int = 0
+    metrics: Mapping[str, float] = {}
+    said: Mapping[str, Any] = {}
+    reason: str = ""  # why it is refused; empty if it is not
+    missed: bool = False
+
+    @classmethod
+    def of(cls, verdict: Verdict) -> Note:
+        """Take down a verdict."""
+        upload = verdict.upload
+        if upload is None:
+            return cls(verdict.nbytes, reason=verdict.reason or "refused", missed=verdict.missed)
+        return cls(verdict.nbytes, upload.num_examples, upload.knowledge.metrics, upload.said)
+
+    def verdict(
+        self,
+        partition_id: int,
+        arch: str,
+        cohort: Place,
+        message: Message | None,
+        fetch: Callable[[Message], Message] | None,
+    ) -> Verdict:
+        """Return the verdict; of an upload, without its payloads."""
+        if self.reason:
+            return Verdict(self.nbytes, reason=self.reason, missed=self.missed)
+        knowledge = Knowledge(num_examples=self.num_examples, metrics=dict(self.metrics))
+        return Verdict(self.nbytes, Upload(partition_id, arch, knowledge, message, cohort, self.said, fetch))
 
 
 @dataclass(frozen=True)
@@ -143,44 +195,21 @@ class FoldUploads:
     archs: Mapping[int, str]
     checks: tuple[Check, ...] = ()
 
-    def __call__(self, replies: list[tuple[int, Message]]) -> tuple[list[Message], Total]:
-        """Return the slim replies and the sum of the uploads that are accepted."""
-        part, slim = self.total.empty(), []
+    def __call__(self, replies: list[tuple[int, Message]]) -> tuple[list[Note], Total]:
+        """Return a note for each reply, and the sum of the uploads that are accepted."""
+        part, notes, accepted = self.total.empty(), [], []
         for partition_id, reply in replies:
             verdict = inspect(reply, partition_id, self.archs[partition_id], (*self.checks, part.check))
+            notes.append(Note.of(verdict))
             if verdict.upload is not None:
-                try:
-                    part.add(verdict.upload)
-                except KnowledgeError as error:
-                    verdict = Verdict(verdict.nbytes, reason=str(error))
-            slim.append(_slim(reply, verdict))
-        return slim, part
+                accepted.append(verdict.upload)
+        part.add_all(accepted)
+        return notes, part
 
-
-def _slim(reply: Message, verdict: Verdict) -> Message:
-    """Return a reply that holds what the server needs to know of an upload, and nothing of what was shared."""
-    if reply.has_error():
-        return reply
-    shared = verdict.upload.knowledge if verdict.upload is not None else Knowledge()
-    config = reply.content.config_records.get(CONFIG, ConfigRecord())
-    records = Knowledge(num_examples=shared.num_examples, metrics=shared.metrics).to_records(config)
-    records[BYTES] = MetricRecord(dict(verdict.nbytes))
-    if verdict.upload is None:
-        records[REFUSED] = ConfigRecord({"reason": verdict.reason, "missed": verdict.missed})
-    return make_message(reply.metadata, records)
-
-
-def read_slim(
-    reply: Message, partition_id: int, arch: str, cohort: int, fetch: Callable[[Message], Message] | None
-) -> Verdict:
-    """Read a reply that `FoldUploads` has made; `fetch` gets the whole one, where it is kept."""
-    if reply.has_error():
-        return inspect(reply, partition_id, arch, ())
-    nbytes: Any = dict(reply.content.metric_records[BYTES])
-    if REFUSED in reply.content:
-        refused = reply.content.config_records[REFUSED]
-        return Verdict(nbytes, reason=str(refused["reason"]), missed=bool(refused["missed"]))
-    return Verdict(nbytes, Upload(partition_id, arch, Knowledge.from_records(reply.content), reply, cohort, fetch))
+    def merge(self, part: Total, other: Total) -> Total:
+        """Return the sum of both."""
+        part.merge(other)
+        return part
 
 
 @dataclass(frozen=True)
@@ -243,11 +272,12 @@ class Uploads(Iterator[Upload]):
         if self._stream is not None or self._on_workers is None:
             return sum_up((upload for upload in self), total)
         self._stream = iter(())
-        for accepted, part in self._on_workers(total):
-            for upload in accepted:
-                self._seen(upload)
-            if part is not None:
-                total.merge(part)
+        with one_thread():  # a second one would wait for more to do on a core that a worker needs
+            for accepted, part in self._on_workers(total):
+                for upload in accepted:
+                    self._seen(upload)
+                if part is not None:
+                    total.merge(part)
         self._end()
         return total
 
@@ -257,7 +287,7 @@ class Uploads(Iterator[Upload]):
 
 
 def sum_up(uploads: Iterable[Any], total: T) -> T:
-    """Sum uploads as workers would: each cohort by itself, then the cohorts in order, so that bits are the same.
+    """Sum uploads as workers would: each cohort by itself, then cohorts pairwise, so that bits are the same.
 
     Parameters
     ----------
@@ -273,16 +303,24 @@ def sum_up(uploads: Iterable[Any], total: T) -> T:
     """
     if isinstance(uploads, Uploads):
         return cast(T, uploads.sum(total))
-    empty = total.empty()
-    parts: dict[int, T] = {}
+    parts, empty = Parts(_merged), total.empty()
+    unfinished: dict[Place, T] = {}
     for upload in uploads:
-        cohort = getattr(upload, "cohort", -1)
-        # A cohort is named after its last client: uploads come in order, so those before this one are complete.
-        for complete in sorted(name for name in parts if -1 < name < upload.partition_id):
-            total.merge(parts.pop(complete))
-        if cohort not in parts:
-            parts[cohort] = empty.empty()
-        parts[cohort].add(upload)
-    for cohort in sorted(parts):
-        total.merge(parts.pop(cohort))
+        cohort = getattr(upload, "cohort", ALONE)
+        # Uploads come in order, so cohorts whose last client is past are complete.
+        for complete in [place for place in unfinished if place.end < math.inf and place.end < upload.partition_id]:
+            parts.add(complete.number, unfinished.pop(complete))
+        if cohort not in unfinished:
+            unfinished[cohort] = empty.empty()
+        unfinished[cohort].add(upload)
+    for place, part in unfinished.items():
+        parts.add(place.number, part)
+    whole = parts.result()
+    if whole is not None:
+        total.merge(whole)
     return total
+
+
+def _merged(part: T, other: T) -> T:
+    part.merge(other)
+    return part

@@ -136,22 +136,60 @@ def config(**values):
     return ConfigRecord(values)
 
 
-def sum_of_arrays(replies):
-    """Fold: the float64 sum of the first arrays; replies keep their metrics alone."""
-    import numpy as np
-    from flwr.app import RecordDict
-    from flwr.app.message import make_message
+class SumOfArrays:
+    """Fold: the float64 sum of the first arrays, and how it was merged; of replies the calls, or what went wrong."""
 
-    from fedkd.arrays import view
+    def __call__(self, replies):
+        """Sum a cohort."""
+        import numpy as np
 
-    slim, total = [], np.zeros(3)
-    for _, reply in replies:
-        if reply.has_error():
-            slim.append(reply)
-            continue
-        total += view(reply.content["arrays"]["0"]).astype(np.float64)
-        slim.append(make_message(reply.metadata, RecordDict({"metrics": reply.content["metrics"]})))
-    return slim, total
+        from fedkd.arrays import view
+
+        notes, total = [], np.zeros(3)
+        for _, reply in replies:
+            if reply.has_error():
+                notes.append(reply.error.reason)
+                continue
+            total += view(reply.content["arrays"]["0"]).astype(np.float64)
+            notes.append(reply.content["metrics"]["calls"])
+        return notes, (total, str(replies[-1][0]))
+
+    def merge(self, part, other):
+        """Sum two parts."""
+        return part[0] + other[0], f"({part[1]} {other[1]})"
+
+
+sum_of_arrays = SumOfArrays()
+
+
+class FailsFor(SumOfArrays):
+    """A fold that raises for the cohort of one client."""
+
+    def __init__(self, partition):
+        self.partition = partition
+
+    def __call__(self, replies):
+        """Sum a cohort, or raise."""
+        if any(partition == self.partition for partition, _ in replies):
+            raise RuntimeError("out of luck")
+        return super().__call__(replies)
+
+
+def late_app():
+    """Make an app whose clients have a state only from when they are told to remember."""
+    from flwr.app import Message, MetricRecord, RecordDict
+    from flwr.clientapp import ClientApp
+
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        if message.content["config"]["remember"]:
+            calls = context.state["m"]["calls"] if "m" in context.state else 0
+            context.state["m"] = MetricRecord({"calls": calls + 1})
+        return Message(RecordDict(), reply_to=message)
+
+    return app
 
 
 def first_number(reply, factor):

@@ -100,13 +100,13 @@ def test_a_worker_that_dies_changes_no_bit(ray_grid, tmp_path, apps):
 
 def test_a_client_that_always_kills_its_worker_ends_as_an_error(ray_grid, tmp_path, apps, monkeypatch):
     monkeypatch.setattr(pool, "RETRIES", 1)
-    messages = apps.ask(ray_grid, range(20), die=2, marker=str(tmp_path / "died"), always=True)
+    messages = apps.ask(ray_grid, range(20), die=3, marker=str(tmp_path / "died"), always=True)
     replies = list(ray_grid.send_and_receive(messages))
 
     failed = [p for p, reply in enumerate(replies) if reply.has_error()]
-    assert failed == [2, 3]  # the cohort of the culprit
-    assert replies[2].error.code == ErrorCode.CLIENT_APP_CRASHED
-    assert "a worker died, 2 times" in replies[2].error.reason
+    assert failed == [3, 4]  # the cohort of the culprit
+    assert replies[3].error.code == ErrorCode.CLIENT_APP_CRASHED
+    assert "a worker died, 2 times" in replies[3].error.reason
     assert sorted(ray_grid.state_dict()) == [p for p in range(20) if p not in failed]
 
 

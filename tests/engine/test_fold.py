@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, Error, Message, RecordDict
 
 from fedkd.arrays import view
 from fedkd.engine import InlineGrid, Nodes, RayGrid
@@ -24,34 +24,60 @@ def asked(apps, grid, count=40, **config):
     return apps.ask(grid, range(count), arrays=ArrayRecord([np.full(3, 0.1, np.float32)]), **config)
 
 
-def test_parts_come_by_cohort_and_replies_are_slim(grid, apps):
+def test_parts_of_cohorts_are_merged_pairwise(grid, apps):
     folded = list(grid.send_and_fold(asked(apps, grid), apps.sum_of_arrays))
 
-    senders = [[grid.nodes.partition(r.metadata.src_node_id) for r in replies] for replies, _ in folded]
-    assert senders == [list(range(start, min(start + 3, 40))) for start in range(0, 40, 3)]
-    assert all(not reply.content.array_records for replies, _ in folded for reply in replies)
-    for partitions, (_, part) in zip(senders, folded):
-        expected = np.zeros(3)
-        for partition in partitions:
-            expected += (np.float32(0.1) + np.float32(partition)).astype(np.float64)
-        assert part.tolist() == expected.tolist()  # bit for bit
+    cohorts = [list(range(5 * k // 2, 5 * (k + 1) // 2)) for k in range(16)]
+    assert [each.partitions for each in folded] == cohorts
+    assert [each.results for each in folded] == [[1] * len(cohort) for cohort in cohorts]
+    sums = []
+    for cohort in cohorts:
+        sums.append(np.zeros(3))
+        for partition in cohort:
+            sums[-1] += (np.float32(0.1) + np.float32(partition)).astype(np.float64)
+    while len(sums) > 1:
+        sums = [sum(sums[at : at + 2]) for at in range(0, len(sums), 2)]
+    total, tree = folded[-1].part
+    assert total.tolist() == sums[0].tolist()  # bit for bit
+    assert tree == "((((1 4) (6 9)) ((11 14) (16 19))) (((21 24) (26 29)) ((31 34) (36 39))))"
+    assert all(each.part is None for each in folded[:-1])
     assert len(grid.state_dict()) == 40
+    # With states that are known beforehand, and those of the round before, it is the same.
+    again = list(grid.send_and_fold(asked(apps, grid), apps.sum_of_arrays))
+    assert [each.results for each in again] == [[2] * len(cohort) for cohort in cohorts]
 
 
-def test_failures_are_error_replies_and_the_others_are_summed(grid, apps):
-    (replies, part), *_ = grid.send_and_fold(asked(apps, grid, **{"raise": 1}), apps.sum_of_arrays)
+def test_failures_are_told_and_the_others_are_summed(grid, apps):
+    folded = list(grid.send_and_fold(asked(apps, grid, 3, **{"raise": 1}), apps.sum_of_arrays))
 
-    assert [reply.has_error() for reply in replies] == [False, True, False]
-    assert "no samples" in replies[1].error.reason
-    assert part[0] == pytest.approx(0.1 + 2.1)
+    assert [each.results[0] for each in folded][::2] == [1, 1]
+    assert "no samples" in folded[1].results[0]
+    assert folded[-1].part[0][0] == pytest.approx(0.1 + 2.1)
+
+
+def test_a_task_that_fails_leaves_the_parts_of_the_others(ray_session, apps):
+    with RayGrid(apps.counting_app, Nodes.alike(6), workers=2) as grid:
+        folded = list(grid.send_and_fold(asked(apps, grid, 6), apps.FailsFor(2)))
+    assert [isinstance(each.results[0], Error) for each in folded] == [False, False, True, False, False, False]
+    assert "out of luck" in folded[2].results[0].reason
+    assert folded[-1].part[1] == "(((0 1) 3) (4 5))"
+
+
+def test_states_that_appear_late_are_kept(ray_session, apps):
+    with RayGrid(apps.late_app, Nodes.alike(6), workers=2) as grid:
+        for calls in ([], [], range(6), range(6)):
+            replies = list(grid.send_and_receive(apps.ask(grid, range(6), remember=int(bool(calls)))))
+            assert not any(reply.has_error() for reply in replies)
+            assert sorted(grid.state_dict()) == list(calls)
+        assert [state["m"]["calls"] for state in grid.state_dict().values()] == [2] * 6
 
 
 def test_whole_replies_can_be_had_if_they_are_kept(grid, apps):
-    slim = [r for f in grid.send_and_fold(asked(apps, grid), apps.sum_of_arrays, keep=True) for r in f.replies]
+    kept = [m for f in grid.send_and_fold(asked(apps, grid), apps.sum_of_arrays, keep=True) for m in f.kept]
 
-    whole = grid.whole(slim[7])
+    whole = grid.whole(kept[7])
     assert view(whole.content["arrays"]["0"])[0] == np.float32(7.1)
-    assert list(grid.compute(apps.first_number, [(reply, 2.0) for reply in slim[:3]])) == pytest.approx([0.2, 2.2, 4.2])
+    assert list(grid.compute(apps.first_number, [(reply, 2.0) for reply in kept[:3]])) == pytest.approx([0.2, 2.2, 4.2])
 
 
 def test_compute_reads_delivered_replies_where_they_are(grid, apps):
@@ -94,7 +120,7 @@ def test_two_messages_to_one_client_cannot_be_folded(grid, apps):
 def test_width_of_cohorts_can_be_set(apps):
     grid = InlineGrid(apps.counting_app, Nodes.alike(40), cohort=25)
 
-    assert [len(f.replies) for f in grid.send_and_fold(asked(apps, grid), apps.sum_of_arrays)] == [25, 15]
+    assert [len(f.results) for f in grid.send_and_fold(asked(apps, grid), apps.sum_of_arrays)] == [20, 20]
 
 
 def test_content_that_differs_and_content_that_is_shared_arrive_alike(grid, apps):

@@ -11,23 +11,30 @@ from flwr.app import Array
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedkd.cohorts import Parts
 from fedkd.errors import KnowledgeError
 from fedkd.payloads import Knowledge, LabelCounts, ProxyOutputs, Weights
 from fedkd.server.averaging import Averages, StateMean
 from fedkd.server.runtime import ServerRuntime
 from fedkd.server.totals import LabelTable, OutputMeans, Several
-from fedkd.server.uploads import Upload, sum_up
+from fedkd.server.uploads import ALONE, Place, Upload, sum_up
 
 
-def upload(partition, value, examples=1, cohort=0, arch="mlp"):
+def upload(partition, value, examples=1, cohort=ALONE, arch="mlp"):
     state = {"w": torch.tensor([value], dtype=torch.float32), "n": torch.tensor(partition)}
     return SimpleNamespace(partition_id=partition, state=state, num_examples=examples, cohort=cohort, arch=arch)
 
 
+def merged(part, other):
+    part.merge(other)
+    return part
+
+
 def test_cohorts_are_summed_by_themselves_and_merged_in_order():
-    # Two architectures whose clients alternate; cohorts are named after their last client.
+    # Two architectures whose clients alternate.
     values = [0.1, 0.7, 0.3, 0.9, 0.11, 0.13, 0.17, 0.19]
-    cohort = {0: 2, 2: 2, 4: 6, 6: 6, 1: 3, 3: 3, 5: 7, 7: 7}
+    places = [Place(0, 2), Place(1, 6), Place(2, 3), Place(3, 7)]
+    cohort = {p: places[2 * (p % 2) + p // 4] for p in range(8)}
     uploads = [upload(p, v, p + 1, cohort[p], "a" if p % 2 == 0 else "b") for p, v in enumerate(values)]
 
     averages = sum_up(iter(uploads), Averages()).result()
@@ -42,17 +49,17 @@ def test_cohorts_are_summed_by_themselves_and_merged_in_order():
 @given(st.lists(st.tuples(st.floats(-1e3, 1e3, width=32), st.integers(1, 50)), min_size=1, max_size=12), st.data())
 def test_parts_that_travelled_give_the_bits_of_the_sum_at_home(clients, data):
     ends = sorted(data.draw(st.sets(st.integers(0, len(clients) - 1))) | {len(clients) - 1})
-    cohorts = [next(end for end in ends if end >= p) for p in range(len(clients))]
+    places = [Place(number, end) for number, end in enumerate(ends)]
+    cohorts = [next(place for place in places if place.end >= p) for p in range(len(clients))]
     uploads = [upload(p, v, n, cohorts[p]) for p, (v, n) in enumerate(clients)]
 
     at_home = sum_up(iter(uploads), Averages())
-    travelled = Averages()
-    for end in ends:
+    parts = Parts(merged)
+    for place in data.draw(st.permutations(places)):
         part = Averages()
-        for one in uploads:
-            if one.cohort == end:
-                part.add(one)
-        travelled.merge(pickle.loads(pickle.dumps(part)))
+        part.add_all([one for one in uploads if one.cohort == place])
+        parts.add(place.number, pickle.loads(pickle.dumps(part)))
+    travelled = parts.result()
     assert torch.equal(travelled.result()["mlp"]["w"], at_home.result()["mlp"]["w"])
     if len(clients) == 1:
         assert travelled.result()["mlp"]["w"].item() == clients[0][0]  # a mean of one keeps its bits
