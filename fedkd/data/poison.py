@@ -31,7 +31,7 @@ def draw_attackers(attacks: Attacks, sizes: np.ndarray, seed: int) -> np.ndarray
     Examples
     --------
     >>> draw_attackers(Attacks(kind="random", share=0.3), np.ones(10), seed=0)
-    array([3, 4, 9])
+    array([0, 7, 8])
     """
     eligible = np.flatnonzero(sizes)
     count = min(math.floor(attacks.share * len(eligible) + 0.5), max(len(eligible) - 1, 0))

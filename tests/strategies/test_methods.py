@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fedkd.client.exchange import soft_cross_entropy
 from fedkd.data.batches import Batch
 from fedkd.models import Outputs
 from fedkd.payloads import ClassOutputs, Knowledge, ProxyOutputs, Weights
-from fedkd.client.exchange import soft_cross_entropy
 from strategies.dsfl import DSFL
 from strategies.fd import FD, ClassMeans
 from strategies.fedgkd import FedGKD, GlobalDistillation
