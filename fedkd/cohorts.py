@@ -74,14 +74,14 @@ def in_tasks(costs: Sequence[float], workers: int) -> list[range]:
     >>> in_tasks([1.0, 3.0, 2.0], workers=2)
     [range(1, 2), range(2, 3), range(0, 1)]
     >>> in_tasks([0.02] * 7, workers=2)
-    [range(0, 2), range(2, 4), range(4, 5), range(5, 6), range(6, 7)]
+    [range(0, 2), range(2, 3), range(3, 4), range(4, 5), range(5, 6), range(6, 7)]
     """
     tasks: list[range] = []
     start, left = 0, sum(costs)
     least, most = TASK_SECONDS
     least = min(least, 1.1 * left / workers)  # every worker gets something, and about as much
     while start < len(costs):
-        limit = max(least, min(most, left / workers))
+        limit = max(least, min(most, left / (1.5 * workers)))
         width = 1
         while (
             start % (2 * width) == 0 and start + width < len(costs) and sum(costs[start : start + 2 * width]) <= limit

@@ -68,6 +68,7 @@ class CFD(OutputExchange):
     server averages, distils its own model from the mean (it goes on from round to round) and sends what that model
     predicts, rounded likewise: dual distillation. Bytes are those of a range coder that learns the symbols'
     frequencies. A client that is new, or whose last upload was lost, gets the subset's ids and starts without changes.
+    Reported is the accuracy of the server's model.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2012.00632"

@@ -7,13 +7,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
+
 from fedkd.client import trainer
 from fedkd.client.exchange import JointTraining
+from fedkd.client.local import Aux
 from fedkd.payloads import Knowledge, ProxyOutputs
 from fedkd.server.exchange import JointExchange
 
 if TYPE_CHECKING:
     from fedkd.client.student import Student
+
+
+READY = "started"  # in the memory of clients that have trained alone
 
 
 class CollaborativeTraining(JointTraining):
@@ -24,18 +30,30 @@ class CollaborativeTraining(JointTraining):
 
     def on_initial(self, student: Student, knowledge: Knowledge) -> Knowledge:
         """Train on own data alone; share outputs on the public samples of the first collaboration."""
-        trainer.learn(student, self, {}, epochs=self.method.initial_epochs)
+        self.start(student)
         return self.share(student)
+
+    def absorb(self, student: Student, knowledge: Knowledge) -> Aux:
+        """Take in the server's labels; a client that missed the initial phase trains alone before."""
+        if READY not in student.memory and not student.max_steps:  # what is measured is a round like all others
+            self.start(student)
+        return super().absorb(student, knowledge)
+
+    def start(self, student: Student) -> None:
+        """Train on own data alone."""
+        trainer.learn(student, self, {}, epochs=self.method.initial_epochs)
+        student.memory[READY] = torch.ones(1)
 
 
 @dataclass(kw_only=True)
 class Cronus(JointExchange):
     """Chang et al., Cronus: Robust and Heterogeneous Collaborative Learning with Black-Box Knowledge Transfer, 2019.
 
-    Clients with models of their own first train alone (before round 1). Then, again and again, they share probabilities
-    on an unlabelled public set, the server makes a robust mean of them for each sample, and clients train on their own
-    samples and the public ones with these soft labels, shuffled into one set. As outputs have few dimensions, a robust
-    mean can be close to that of the honest clients. There is no global model: the accuracy is the mean over clients.
+    Clients with models of their own first train alone (before round 1, or when they first can). Then, again and again,
+    they share probabilities on an unlabelled public set, the server makes a robust mean of them for each sample, and
+    clients train on their own samples and the public ones with these soft labels, shuffled into one set. As outputs
+    have few dimensions, a robust mean can be close to that of the honest clients. There is no global model: the
+    accuracy is the mean over clients.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/1912.11279"

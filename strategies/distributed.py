@@ -110,7 +110,8 @@ class DistributedDistillation(DistillationStrategy):
     ``gossip_steps`` says: dynamic average consensus, in which the sum of all estimates stays that of all decisions, so
     that knowledge comes through from devices that are no neighbours. With ``consensus = "restart"`` a round begins
     from the own decisions instead, and knowledge comes as many edges far as there are steps. Weights are Metropolis's.
-    On a complete graph one step is the mean of all, either way.
+    On a complete graph one step is the mean of all, either way. The accuracy is the mean over clients of their own
+    models.
 
     The server has no model and reduces nothing: it is the network between neighbours, and every client gets what its
     own neighbours say. A broadcast to all neighbours counts once as upload, and at each of them as download.
@@ -147,7 +148,8 @@ class DistributedDistillation(DistillationStrategy):
 
     rho: float = field(default=1.0, metadata={"ge": 0, "help": "ρ, weight of the distance from the consensus"})
     distance: Literal["mse", "soft_ce"] = field(
-        default="mse", metadata={"help": "squared distance of probabilities, or cross-entropy with the estimate"}
+        default="mse",
+        metadata={"help": "squared distance of probabilities, or, where consensus restarts, cross-entropy"},
     )
     graph: Kind = field(default="ring", metadata={"help": "who is whose neighbour"})
     degree: int = field(default=4, metadata={"ge": 2, "help": "neighbours of each client in a regular graph"})
@@ -168,6 +170,14 @@ class DistributedDistillation(DistillationStrategy):
     def space(self) -> str:
         """How estimates are checked: those that track changes may leave the simplex, as plain numbers."""
         return "logits" if self.consensus == "tracking" else "probs"
+
+    def validate(self) -> None:
+        """Refuse a cross-entropy with estimates that are no distributions: it has no lower bound."""
+        if self.distance == "soft_ce" and self.consensus == "tracking":
+            raise ValueError(
+                "distance = 'soft_ce' needs estimates that are distributions, and those of consensus = 'tracking' may "
+                "leave the simplex, where cross-entropy is unbounded: set distance = 'mse' or consensus = 'restart'"
+            )
 
     def bind(self, server: Any) -> None:
         """Draw the graph."""

@@ -25,7 +25,7 @@ class DSFL(OutputExchange):
     averages them and sharpens the mean by entropy reduction, σ(p̄ / T) of the mean *probabilities*, then distils its
     own model from these labels; clients do the same at the start of their next round. The loss is cross-entropy with
     soft targets. The order within a round is the re-implementations' (distil, train, predict): the paper's, rolled by
-    half a round.
+    half a round. Reported is the accuracy of the server's model.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2008.06180"

@@ -108,7 +108,8 @@ class FD(DistillationStrategy):
     distils_on: ClassVar[Literal["", "clients", "server", "both"]] = "clients"
     differences: ClassVar[str] = (
         "No code was released. Re-implementations average logits, start counts at 1, never reset them, or keep a "
-        "client's own table in its mean; the defaults follow the paper, the preset code is FedGen's repository. The "
+        "client's own table in its mean; the defaults follow the paper. Preset code takes FedGen's repository's "
+        "logits, KL and own table in the mean, not its counts, its tracker, or its averaging of absent classes. The "
         "paper divides by the number of other devices, here it is by those that have the class."
     )
     verified: ClassVar[str] = (
@@ -119,7 +120,7 @@ class FD(DistillationStrategy):
             "space": "logits",
             "distance": "kl",
             "leave_one_out": False,
-        }  # the FedGen repository's version
+        }  # of the FedGen repository's version; see `differences`
     }
     local = ClassMeans
 

@@ -20,6 +20,7 @@ from fedkd.server.ensemble import Ensemble
 from fedkd.server.pretraining import SimCLR
 from fedkd.server.strategy import DistillationStrategy
 from fedkd.server.uploads import Upload
+from fedkd.students import reestimate_norms
 
 if TYPE_CHECKING:
     from fedkd.client.student import Student
@@ -41,6 +42,11 @@ class CertaintyScoring(LocalTraining):
         negatives = knowledge.get(Request)
         negatives.check(len(public))
         student.load(knowledge.get(Weights))
+        if len(student.shared.travelling) < len(student.shared.initial):  # running statistics have not come along
+            everything = torch.arange(len(public))
+            reestimate_norms(
+                student.model, public, everything, device=student.device, channels_last=student.channels_last
+            )
 
         def features(data: Any, ids: np.ndarray) -> np.ndarray:
             return student.collect(data, ids, lambda out: (out.features,))[0].numpy()
@@ -86,10 +92,11 @@ class FedAUX(DistillationStrategy):
     differences: ClassVar[str] = (
         "The released code fits the scores to the *sum* of the losses (C = 1 / λ) with the noise that belongs to their "
         "*mean*, n times too little for its claim: the default fits the mean (C = 1 / (n λ)), preset code the sum. Its "
-        "intercept is free, which the bound does not cover: here it is penalised. Its two parts of the proxy set are "
-        "drawn independently and may overlap: here they do not. It loads bodies pre-trained elsewhere: the settings "
-        "of pre-training are assumed. Its clients keep an Adam from round to round: that is the scenario's matter, "
-        "whose client.optimizer = adam starts afresh in every round, as is the average of parameters alone "
+        "intercept is free, which the bound does not cover: here it is penalised. Features and constant are divided by "
+        "√2, so that their norm is 1 at most: λ counts double against paper and code. Its two parts of the proxy set "
+        "are drawn independently and may overlap: here they do not. It loads bodies pre-trained elsewhere: the "
+        "settings of pre-training are assumed. Its clients keep an Adam from round to round: that is the scenario's "
+        "matter, whose client.optimizer = adam starts afresh in every round, as is the average of parameters alone "
         "(models.buffers = params_only). Its teachers and evaluation run in training mode; here they do not."
     )
     verified: ClassVar[str] = (

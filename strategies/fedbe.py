@@ -44,8 +44,8 @@ class FedBE(DistillationStrategy):
         "Paper: a cyclical learning rate, 1e-3 → 4e-4, for SWA; code: constant. The code draws from a Gaussian of "
         "normalised steps (sampling = steps); the paper's Gaussian is read as one of the weights themselves. The KL is "
         "a mean over samples and classes, as in the code, with which the learning rate was chosen. Assumed: cycles as "
-        "long as the distance of snapshots, from the first step on; sampled models have the mean running statistics, "
-        "as a sampled variance might be negative. Local schedules are the scenario's."
+        "long as the distance of snapshots, ending at them; a Gaussian's models have the mean running statistics, as a "
+        "sampled variance might be negative; mixtures mix them by γ, too. Local schedules are the scenario's."
     )
     verified: ClassVar[str] = (
         "samplers by hand, in float64 NumPy and by their moments; targets and SWA by hand; clients alone without "

@@ -127,12 +127,14 @@ class FedFTG(DistillationStrategy):
         """Fine-tune the average on generated samples, generator and average in turn."""
         server, decay = self.server, self.lr_decay ** (self.round - 1)
         [(arch, state)] = self.students.items()
+        # Before the average is loaded: uploads without running statistics are completed in the same module.
+        teachers = Teachers(server, self.members)
         student = server.model(arch, state)
         counts = torch.stack([self.counts[member.partition_id] for member in self.members])
         turns = Alternation(
             generator=self.generator,
             student=student,
-            teachers=Teachers(server, self.members),
+            teachers=teachers,
             counts=counts,
             alpha=by_class(counts),
             generator_loss=lambda batch: torch.stack(list(self.terms(batch, len(counts)).values())).sum(),

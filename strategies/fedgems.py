@@ -81,6 +81,7 @@ class FedGEMS(DistillationStrategy):
     others, and of no more, are asked of the clients, whose mean takes the place of the memory: softmax over clients
     of 1 / H (their entropy), only those that are right. Clients learn the public set from labels and the server's
     logits with the same ε, then their private data, and own their models.
+    Reported is the accuracy of the server's model.
 
     ``selective = False`` is FedGEM: clients send logits for the whole public set, of which the plain mean is learnt.
     """

@@ -124,8 +124,9 @@ class FedGKT(DistillationStrategy):
         "The paper's objectives have no coefficient; the release has α, on the KD of clients and on the CE of the "
         "server, and the default 1 makes them one. The release keys logits by batch number, which is wrong once the "
         "loader shuffles, adds 1e-7 to teachers' probabilities, augments what features are made of, uploads test "
-        "features and lowers the learning rate when *test* accuracy stalls: none of it is done here. One tail serves "
-        "clients of several architectures through adapters, which the paper does not have."
+        "features and lowers the learning rate when *test* accuracy stalls: none of it is done here. Its clients' "
+        "Adams live on between rounds; here they are fresh in every round. One tail serves clients of several "
+        "architectures through adapters, which the paper does not have."
     )
     verified: ClassVar[str] = (
         "losses by hand in float64; logits by sample id; client's own model as its tail; α = 0; bytes; resume"

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from fedkd.client.student import Student
 
 
+READY = "pretrained"  # in the memory of clients that are
+
+
 def absolute_error(logits: Tensor, target: Tensor) -> Tensor:
     """Mean absolute difference of logits over samples and classes, as Keras has it: the paper's digest."""
     return kd(logits, target, temperature=1.0, reduction="mean_all", t_squared=False, kind="mae")
@@ -62,10 +65,13 @@ class Revisiting(OutputSharing):
             batch_size=method.transfer_batch_size,
             stop=stop(lambda: accuracy(student, student.data, own), patience=method.transfer_patience),
         )
+        student.memory[READY] = torch.ones(1)
         return Knowledge(num_examples=student.num_examples)
 
     def on_logits(self, student: Student, knowledge: Knowledge) -> Knowledge:
-        """Communicate: logits on this round's alignment set."""
+        """Communicate: logits on this round's alignment set; of a client that missed its pre-training, after that."""
+        if READY not in student.memory:
+            self.on_pretrain(student, knowledge)
         return super().share(student)
 
     def absorb(self, student: Student, knowledge: Knowledge) -> Aux:
@@ -92,10 +98,11 @@ class FedMD(OutputExchange):
     """Li & Wang, FedMD: Heterogenous Federated Learning via Model Distillation, 2019.
 
     Clients with models of their own agree on logits. Before round 1 everybody trains on a labelled public set and then
-    on its own data. In a round the server draws an alignment set, clients *communicate* their logits on it, the server
-    *aggregates* them to the mean and *distributes* that, clients *digest* it by the mean absolute error of logits and
-    *revisit* their own data by cross-entropy (the scenario's epochs and batches). There is no global model: accuracy is
-    the mean over clients of their own models.
+    on its own data; who cannot be reached then does so when it is first asked for logits. In a round the server draws
+    an alignment set, clients *communicate* their logits on it, the server *aggregates* them to the mean and
+    *distributes* that, clients *digest* it by the mean absolute error of logits and *revisit* their own data by
+    cross-entropy (the scenario's epochs and batches). There is no global model: accuracy is the mean over clients of
+    their own models.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/1910.03581"
@@ -116,8 +123,9 @@ class FedMD(OutputExchange):
         "Paper and code agree on the round. Defaults are the code's; its Adam 1e-3 and, for revisiting, 4 epochs of "
         "batches of 5 (2 for FEMNIST) belong into the scenario's client section. The code stops transfer training by "
         "the accuracy on *test* data; here it is that on the client's validation split or, without one, on its "
-        "training samples, and the public phase is watched on a tenth of the public set. There public and private "
-        "classes differ and the output layer covers both; here they are the same task's."
+        "training samples, and the public phase is watched on a tenth of the public set. Its clients' Adams live on "
+        "between rounds; here they are fresh in every round. There public and private classes differ and the output "
+        "layer covers both; here they are the same task's."
     )
     verified: ClassVar[str] = (
         "loss, consensus and order of a round by hand; stratified draw; early stopping; bytes; resume; three models"

@@ -5,7 +5,16 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedkd.errors import KnowledgeError
-from fedkd.payloads import ClassOutputs, Knowledge, ProxyOutputs, Request, Weights
+from fedkd.payloads import (
+    ClassOutputs,
+    FeatureMaps,
+    Knowledge,
+    PeerOutputs,
+    ProxyOutputs,
+    Request,
+    SampleKnowledge,
+    Weights,
+)
 
 STATE = {"w": torch.randn(3, 2), "b": torch.randn(3), "bn.num_batches_tracked": torch.tensor(7)}
 
@@ -82,6 +91,22 @@ def test_proxy_outputs_that_were_not_asked_for_are_refused():
     for reason, (outputs, classes) in bad.items():
         with pytest.raises(KnowledgeError, match=reason):
             outputs.check(classes, ids, "probs")
+
+
+def test_absurd_outputs_and_features_are_refused():
+    ids, good, labels = torch.arange(2), torch.full((2, 2), -1e6), torch.tensor([0, 1])
+
+    def check(logits, features):
+        ProxyOutputs(ids, logits, "logits").check(2, ids, "logits")
+        ClassOutputs(logits, torch.ones(2), "logits").check(2, "logits")
+        PeerOutputs(ids, torch.tensor([3]), torch.ones(1), logits[None], False).check(2, 2)
+        SampleKnowledge(ids, logits).check(2, ids)
+        FeatureMaps(ids, features, logits, labels).check(2, (2,), 2)
+
+    check(good, good)
+    for logits, features in ((good * 1.01, good), (-good * 3e32, good), (good, good * 2)):
+        with pytest.raises(KnowledgeError, match="beyond 1e\\+06 they are of a model that has diverged"):
+            check(logits, features)
 
 
 def test_class_tables_of_other_classes_are_refused():

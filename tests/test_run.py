@@ -95,20 +95,20 @@ def test_ray_gives_the_same_bits_as_this_process(small, tmp_path, strategy, ray_
 
 
 @pytest.mark.parametrize(
-    "strategy",
+    ("strategy", "attacks"),
     [
-        {"name": "feddf", "steps": 10, "batch_size": 16},
-        {"name": "dsfl", "open_size": 40, "distill_epochs": 1},
+        ({"name": "feddf", "steps": 10, "batch_size": 16}, {}),
+        ({"name": "dsfl", "open_size": 40, "distill_epochs": 1}, {"kind": "random", "share": 0.3}),
     ],
-    ids=["feddf", "dsfl"],
+    ids=["feddf", "dsfl, attacked"],
 )
-def test_flowers_own_runtime_gives_the_same_metrics(small, tmp_path, strategy, ray_session):
+def test_flowers_own_runtime_gives_the_same_metrics(small, tmp_path, strategy, attacks, ray_session):
     from flwr.simulation import run_simulation
 
     from fedkd.client.handlers import make_app as client_app
     from fedkd.server.handlers import make_app as server_app
 
-    scenario = with_stateful_clients(small, strategy)
+    scenario = with_stateful_clients(small, strategy, attacks=attacks)
     ours = run.execute(scenario, out=tmp_path)
 
     events = []

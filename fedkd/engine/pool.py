@@ -367,8 +367,8 @@ class Dispatcher(threading.Thread):
         ready = [place for place in range(len(self._pool.actors)) if place not in self._pool.loading]
         while self._pending and ready and (self._room > 0 or self._pending[0] in self._begun):
             place = min(ready, key=load.__getitem__)
-            if load[place] == IN_FLIGHT:
-                return
+            if load[place] == IN_FLIGHT or (load[place] and len(self._pending) <= len(self._pool.actors)):
+                return  # the last ones are for whoever is free first
             load[place] += 1
             self._submit(self._pending.popleft(), place)
 

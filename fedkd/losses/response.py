@@ -16,6 +16,10 @@ Direction = Literal["forward", "reverse", "symmetric"]
 Kind = Literal["kl", "soft_ce", "mse", "mae"]
 Space = Literal["logits", "probs"]
 
+_LEAST = -1e30
+"""Smallest log-probability. Finite logits may have -inf, of which a probability of 0 makes NaN; with this one, sums
+over batches are finite, too."""
+
 _CHOICES = {
     "reduction": ("batchmean", "mean_all"),
     "direction": ("forward", "reverse", "symmetric"),
@@ -355,10 +359,10 @@ def at_least_float32(x: Tensor) -> Tensor:
 def _log_softmax(logits: Tensor, keep: Tensor | None) -> Tensor:
     """Log-softmax over the kept classes, zero elsewhere."""
     if keep is None:
-        return F.log_softmax(logits, dim=-1)
+        return F.log_softmax(logits, dim=-1).clamp_min(_LEAST)
     # A finite fill, because a row of -inf alone is NaN.
     filled = logits.masked_fill(~keep, torch.finfo(logits.dtype).min)
-    return torch.where(keep, F.log_softmax(filled, dim=-1), 0.0)
+    return torch.where(keep, F.log_softmax(filled, dim=-1).clamp_min(_LEAST), 0.0)
 
 
 def _exp(log_probs: Tensor, keep: Tensor | None) -> Tensor:
@@ -377,7 +381,7 @@ def _label_against_rest(logits: Tensor, others: Tensor) -> Tensor:
     low = torch.finfo(logits.dtype).min
     whole = logits.logsumexp(-1)
     parts = [logits.masked_fill(mask, low).logsumexp(-1) - whole for mask in (others, ~others)]
-    return torch.stack(parts, dim=-1)
+    return torch.stack(parts, dim=-1).clamp_min(_LEAST)
 
 
 def _pearson(a: Tensor, b: Tensor) -> Tensor:

@@ -21,6 +21,9 @@ with warnings.catch_warnings(action="ignore"):
 
 State = dict[str, Tensor]
 
+LARGEST = 1e6
+"""Largest output or feature that is accepted: larger ones are of a model that has diverged, or of an attacker."""
+
 
 class Payload(ABC):
     """What every kind of payload can do."""
@@ -69,3 +72,15 @@ def check_float32(values: Tensor, what: str) -> None:
     if values.dtype != torch.float32:
         raise KnowledgeError(f"wrong type: {what} are {values.dtype}, not torch.float32")
     check_finite(values, what)
+
+
+def check_outputs(values: Tensor, what: str) -> None:
+    """Refuse what `check_float32` refuses, and numbers beyond `LARGEST`, by raising `KnowledgeError`."""
+    check_float32(values, what)
+    if values.numel():
+        largest = max(abs(float(bound)) for bound in values.aminmax())
+        if largest > LARGEST:
+            raise KnowledgeError(
+                f"{what} of size {largest:.3g}: beyond {LARGEST:g} they are of a model that has diverged, "
+                "or of an attacker"
+            )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedkd.errors import KnowledgeError
-from fedkd.payloads.base import Payload, check_float32
+from fedkd.payloads.base import Payload, check_float32, check_outputs
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class ProxyOutputs(Payload):
         Raises
         ------
         KnowledgeError
-            Other ids, shape or space, numbers that are not finite, or rows that are no distributions.
+            Other ids, shape or space, numbers that are not finite or absurdly large, or rows that are no distributions.
         """
         if self.space != space:
             raise KnowledgeError(f"wrong space: {self.space}, not {space}")
@@ -82,7 +82,7 @@ class ProxyOutputs(Payload):
             raise KnowledgeError("wrong sample ids: not the ones that were asked for")
         if self.values.shape != (len(ids), num_classes):
             raise KnowledgeError(f"wrong shape: {tuple(self.values.shape)}, not {(len(ids), num_classes)}")
-        check_float32(self.values, "outputs")
+        check_outputs(self.values, "outputs")
         if space == "probs":
             total = self.values.sum(dim=1)
             if bool((self.values < 0).any()) or bool(((total - 1).abs() > 1e-3).any()):
@@ -140,7 +140,7 @@ class ClassOutputs(Payload):
         return replace(self, means=means)
 
     def check(self, num_classes: int, space: str) -> None:
-        """Refuse a table of another size or space, with negative counts or with numbers that are not finite.
+        """Refuse a table of another size or space, with negative counts, or numbers not finite or absurdly large.
 
         Raises
         ------
@@ -154,7 +154,7 @@ class ClassOutputs(Payload):
                 f"wrong classes: table {tuple(self.means.shape)} and counts {tuple(self.counts.shape)} "
                 f"for {num_classes} classes"
             )
-        check_float32(self.means, "class means")
+        check_outputs(self.means, "class means")
         check_float32(self.counts, "class counts")
         if bool((self.counts < 0).any()):
             raise KnowledgeError("negative class counts")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedkd.errors import KnowledgeError
-from fedkd.payloads.base import Payload, check_float32
+from fedkd.payloads.base import Payload, check_float32, check_outputs
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class PeerOutputs(Payload):
             raise KnowledgeError(
                 f"wrong shape: {tuple(self.values.shape)} with {tuple(self.weights.shape)} weights, not {expected}"
             )
-        check_float32(self.values, "outputs of neighbours")
+        check_outputs(self.values, "outputs of neighbours")
         check_float32(self.weights, "weights of neighbours")
         if bool((self.weights < 0).any()) or float(self.weights.sum()) > 1 + 1e-6:
             raise KnowledgeError("weights of neighbours that are negative or sum to more than 1")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedkd.errors import KnowledgeError
-from fedkd.payloads.base import Payload, check_float32
+from fedkd.payloads.base import Payload, check_outputs
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class FeatureMaps(Payload):
         return replace(self, logits=change(self.logits, "logits"))
 
     def check(self, num_classes: int, shape: tuple[int, ...], samples: int) -> None:
-        """Refuse maps of another shape, labels that are none, repeated ids, or numbers that are not finite.
+        """Refuse maps of another shape, labels that are none, repeated ids, or numbers not finite or too large.
 
         Parameters
         ----------
@@ -93,7 +93,7 @@ class FeatureMaps(Payload):
         if self.features.shape != (samples, *shape):
             raise KnowledgeError(f"wrong shape: feature maps {tuple(self.features.shape)}, not {(samples, *shape)}")
         _check_logits(self.logits, samples, num_classes)
-        check_float32(self.features, "feature maps")
+        check_outputs(self.features, "feature maps")
         if self.labels.shape != (samples,) or bool(((self.labels < 0) | (self.labels >= num_classes)).any()):
             raise KnowledgeError(f"labels that are no classes from 0 to {num_classes - 1}, one for each sample")
 
@@ -137,7 +137,7 @@ class SampleKnowledge(Payload):
         return replace(self, logits=change(self.logits, "logits"))
 
     def check(self, num_classes: int, own: Tensor) -> None:
-        """Refuse logits for samples of others, of another size, or that are not finite.
+        """Refuse logits for samples of others, of another size, not finite or absurdly large.
 
         Parameters
         ----------
@@ -165,7 +165,7 @@ def _check_ids(ids: Tensor) -> None:
 def _check_logits(logits: Tensor, samples: int, num_classes: int) -> None:
     if logits.shape != (samples, num_classes):
         raise KnowledgeError(f"wrong shape: logits {tuple(logits.shape)}, not {(samples, num_classes)}")
-    check_float32(logits, "logits")
+    check_outputs(logits, "logits")
 
 
 def _int32(values: Tensor) -> np.ndarray:

@@ -77,7 +77,8 @@ class Distiller:
         Adam's variant that keeps the largest second moment (Reddi et al. 2018).
     schedule : str
         ``constant``; ``cosine`` from `lr` towards 0 over all steps; ``cyclic`` in straight lines from `lr` to `lr_low`,
-        which is reached at the last step of every `cycle` (Izmailov et al. 2018), where `swa` takes its snapshots.
+        which is reached at the last step of every `cycle` (Izmailov et al. 2018). A cycle ends at `swa_start`, so that
+        `swa` takes its snapshots at ends of cycles where `swa_every` is a multiple of `cycle`.
     lr_low : float
         Learning rate of a cycle's last step.
     cycle : int
@@ -380,7 +381,7 @@ class Distiller:
         if self.schedule == "cosine":
             return self.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
         if self.schedule == "cyclic":
-            return self.lr + (self.lr_low - self.lr) * (step % self.cycle + 1) / self.cycle
+            return self.lr + (self.lr_low - self.lr) * ((step - self.swa_start) % self.cycle + 1) / self.cycle
         return self.lr
 
     def _training_mode(self, model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from fedkd.errors import ScenarioError
 from fedkd.payloads import ClassOutputs, Knowledge, ProxyOutputs, Request, Weights
 from fedkd.scenario import Attacks
 from fedkd.server.strategy import DistillationStrategy
+from fedkd.students import build_student, snapshot
 from fedkd.sweep import expand
 
 
@@ -77,7 +78,7 @@ def test_attackers_train_on_wrong_labels_and_nobody_else(small, cohort, flip, wr
 
 
 def test_an_attacker_learns_what_an_honest_client_with_those_labels_learns(small, federate, monkeypatch):
-    """Against a data set whose labels are wrong for everybody, in a federation in which all but one flip."""
+    """All but one flip, against a federation in which everybody's labels are wrong, and one in which they are right."""
     scenario = small(**attack("label-flip", 0.9), run__rounds=1)
     federation = build_federation(scenario)
     (honest,) = set(range(6)) - set(federation.attackers.tolist())
@@ -180,23 +181,18 @@ def test_classes_that_are_missing_stay_zero():
 
 @pytest.mark.parametrize("kind", ["sign-flip", "random"])
 def test_only_attackers_send_something_else_and_other_records_stay(small, kind):
+    scenario = small(**attack(kind))
+    federation = build_federation(scenario)
+    attackers, received = federation.attackers, build_student(scenario, federation.dataset, "mlp").state_dict()
+
     def replies(scenario):
-        content = Knowledge.of(Weights(federation_weights(scenario), "mlp")).to_records({"server-round": 1})
+        content = Knowledge.of(Weights(snapshot(received), "mlp")).to_records({"server-round": 1})
         nodes = Nodes.alike(6)
         with InlineGrid(lambda: make_app(scenario), nodes) as grid:
             messages = [grid.create_message(content, "train", node, "1") for node in grid.get_node_ids()]
             return list(grid.send_and_receive(messages))
 
-    def federation_weights(scenario):
-        from fedkd.students import build_student, snapshot
-
-        return snapshot(build_student(scenario, build_federation(scenario).dataset, "mlp").state_dict())
-
-    scenario = small(**attack(kind))
-    attackers = build_federation(scenario).attackers.tolist()
     honest, poisoned, again = (replies(one) for one in (small(), scenario, scenario))
-    received = federation_weights(scenario)
-
     for client, (true, sent, twin) in enumerate(zip(honest, poisoned, again, strict=True)):
         true, sent, twin = (Knowledge.from_records(reply.content) for reply in (true, sent, twin))
         assert (sent.num_examples, sent.metrics) == (true.num_examples, true.metrics)

@@ -262,3 +262,16 @@ def test_correlation_against_scipy():
     close(loss, 4 * (1.5 * inter + 0.5 * intra), 1e-9)
     same = correlation(torch.from_numpy(a), torch.from_numpy(a), temperature=2.0, t_squared=True)
     close(same, 0, 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["kl", "soft_ce"])
+@pytest.mark.parametrize("direction", ["forward", "reverse", "symmetric"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_of_finite_logits_loss_and_gradient_are_finite(kind, direction, masked):
+    largest = torch.tensor([[3e38, -3e38, 0.0]]).repeat(1000, 1)
+    mask = torch.tensor([True, True, False]) if masked else None
+    for student, teacher in ((torch.zeros(1000, 3), largest), (largest, torch.zeros(1000, 3)), (largest, -largest)):
+        student = student.clone().requires_grad_()
+        loss = kd(student, teacher, **PLAIN, kind=kind, direction=direction, class_mask=mask)
+        loss.backward()
+        assert bool(loss.isfinite()) and bool(student.grad.isfinite().all())

@@ -443,6 +443,14 @@ def test_cycles_of_the_learning_rate_by_hand() -> None:
     assert np.diff([0.0, *weights]).tolist() == pytest.approx([0.65, 0.5, 0.35, 0.2, 0.65, 0.5])
 
 
+@pytest.mark.parametrize(("start", "every"), [(500, 25), (510, 25), (0, 25)])
+def test_snapshots_are_at_ends_of_cycles(start: int, every: int) -> None:
+    distiller = plain(lr=0.8, schedule="cyclic", lr_low=0.2, cycle=every, swa_start=start, swa_every=every)
+    rates = [distiller._rate(step, 1000) for step in range(start + 3 * every)]
+    assert [rates[start + k * every - 1] for k in (1, 2, 3)] == pytest.approx([0.2] * 3)
+    assert sum(rate == pytest.approx(0.2) for rate in rates[start:]) == 3
+
+
 @pytest.mark.parametrize(
     ("compare", "scores", "best"),
     [

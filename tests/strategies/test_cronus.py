@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from flwr.app import Error, Message
 
 from fedkd.data.batches import epoch_order
 from fedkd.data.federation import build_federation
@@ -35,6 +36,23 @@ def test_everybody_trains_alone_first_and_shares(small, federate, tap_of, descen
             torch.testing.assert_close(each.after[name], tensor, rtol=1e-4, atol=1e-5)
         probs = model(federation.proxy.data.gather(np.arange(60)).x).logits.softmax(1)
         torch.testing.assert_close(each.up.get(ProxyOutputs).values, probs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("trainer", ["sequential", "vectorised"])
+def test_who_missed_the_initial_phase_makes_up_for_it_once(small, federate, tap_of, trainer):
+    def lose(message, context, call_next):
+        if message.metadata.message_type == "train.initial" and context.node_config["partition-id"] == 2:
+            return Message(Error(code=0, reason="gone"), reply_to=message)
+        return call_next(message, context)
+
+    scenario, tap = small(QUICK, **EVERYBODY, system__trainer=trainer), tap_of()
+    federate(scenario, mods=[tap, lose])
+    sizes = build_federation(scenario).sizes
+    assert [each.client for each in tap.of(0, "train.initial")] == [0, 1, 3, 4, 5]
+    for round in (1, 2):
+        for each in tap.of(round):
+            alone = 2 * sizes[2] if (round, each.client) == (1, 2) else 0
+            assert each.config["samples"] == alone + 60 + sizes[each.client]
 
 
 def by_hand(name, values, corrupted):

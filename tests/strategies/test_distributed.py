@@ -151,6 +151,15 @@ def test_consensus_pulls_the_devices_together(small, federate):
     assert held["predictors"]["clients"]["accuracy"] > free["predictors"]["clients"]["accuracy"]
 
 
+def test_cross_entropy_with_estimates_that_are_no_distributions_is_refused(small):
+    from fedkd import plugins
+    from fedkd.errors import ScenarioError
+
+    with pytest.raises(ScenarioError, match="distance = 'mse' or consensus = 'restart'"):
+        plugins.make_strategy(small(method(distance="soft_ce")))
+    assert plugins.make_strategy(small(method(distance="soft_ce", consensus="restart"))).space == "probs"
+
+
 def test_disagreement_is_the_distance_from_the_mean():
     one, two = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     assert disagreement([one, two]) == pytest.approx(math.sqrt((0.5 + 0.0) / 2))

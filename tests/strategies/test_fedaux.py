@@ -67,6 +67,30 @@ def test_scores_are_those_of_a_logistic_regression_on_frozen_features(prepared):
         np.testing.assert_allclose(scores.numpy(), fit.predict_proba(inputs(asked))[:, 1] + 1e-8, atol=2e-3)
 
 
+def test_features_have_statistics_of_the_public_set_where_they_do_not_travel(prepared, monkeypatch):
+    from strategies import fedaux
+
+    seen, fit = [], fedaux.fit_scorer
+
+    def watch(own, negatives, **options):
+        seen.append(negatives)
+        return fit(own, negatives, **options)
+
+    monkeypatch.setattr(fedaux, "fit_scorer", watch)
+    strategy, _, students = prepared(
+        EXACT,
+        data={"source": "digits", "train_samples": 300, "test_samples": 50, "options": {}},
+        models={"student": "cnn", "options": {}, "norm": "batch", "buffers": "params_only"},
+    )
+    server = strategy.server
+    model = server.model("cnn", students["cnn"]).eval()
+    with torch.no_grad():
+        expected = model(server.proxy.data.gather(strategy.public).x).features.numpy()
+    assert len(seen) == 6
+    for negatives in seen:
+        np.testing.assert_allclose(negatives, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_noise_of_a_small_epsilon_drowns_the_scores_and_is_reported(prepared):
     exact, _, _ = prepared(EXACT)
     noisy, events, _ = prepared(FAST)

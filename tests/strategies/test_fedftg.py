@@ -109,9 +109,10 @@ def test_class_weights_labels_and_rates(small, federate, monkeypatch):
     assert any(not torch.equal(tensor, begun[name]) for name, tensor in ended.items())
 
 
-def test_without_iterations_it_is_fedavg(small, federate):
-    idle, _ = federate(small(FAST | {"iterations": 0}))
-    plain, _ = federate(small("fedavg"))
+@pytest.mark.parametrize("buffers", ["all", "params_only"])
+def test_without_iterations_it_is_fedavg(small, federate, buffers):
+    idle, _ = federate(small(FAST | {"iterations": 0}, models__buffers=buffers))
+    plain, _ = federate(small("fedavg", models__buffers=buffers))
     assert all(torch.equal(t, plain.students["mlp"][n]) for n, t in idle.students["mlp"].items())
 
 

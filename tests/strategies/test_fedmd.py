@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from flwr.app import Error, Message
 
 from fedkd.data.batches import epoch_order
 from fedkd.data.federation import build_federation
@@ -74,6 +75,22 @@ def test_everybody_learns_from_public_labels_and_then_from_its_own(small, federa
     assert prepared[client].up.payloads == {}  # nothing travels
 
 
+@pytest.mark.parametrize("trainer", ["sequential", "vectorised"])
+def test_who_missed_its_pre_training_makes_up_for_it_once(small, federate, tap_of, trainer):
+    def lose(message, context, call_next):
+        if message.metadata.message_type == "train.pretrain" and context.node_config["partition-id"] == 2:
+            return Message(Error(code=0, reason="gone"), reply_to=message)
+        return call_next(message, context)
+
+    scenario, tap = small(QUICK, **LABELLED, system__trainer=trainer), tap_of()
+    federate(scenario, mods=[tap, lose])
+    assert [each.client for each in tap.of(0, "train.pretrain")] == [0, 1, 3, 4, 5]
+    samples = [[each.config["samples"] for each in tap.of(round, "query.logits")] for round in (1, 2)]
+    assert samples == [[0, 0, 2 * 54 + 2 * build_federation(scenario).sizes[2], 0, 0, 0], [0] * 6]
+    late = tap.of(1, "query.logits")[2]
+    assert not late.before and late.after  # what it learnt is kept
+
+
 def test_pre_training_stops_early(small, federate, tap_of):
     tap = tap_of()
     hyper = QUICK | {"public_epochs": 20, "public_patience": 1, "transfer_epochs": 25, "transfer_patience": 2}
@@ -138,6 +155,20 @@ def test_logits_that_are_none_are_left_out_of_the_consensus(small, federate, tap
     assert events[-1]["received"] == 6
 
 
+def test_logits_of_absurd_size_are_refused_and_the_round_goes_on(small, federate, tap_of):
+    def spoil(round, kind, client, reply):
+        if kind == "query.logits" and client == 3:
+            bad = reply.content.array_records["proxy-outputs"]
+            values = bad["values"].numpy().copy()
+            values[0, :2] = 3e38, -3e38
+            bad["values"] = type(bad["values"])(values)
+
+    _, events = federate(small(QUICK, **LABELLED), mods=[tap_of(spoil)])
+    refused = [e for e in events if e["event"] == "refused"]
+    assert [(e["round"], e["partition_id"], "3e+38" in e["reason"]) for e in refused] == [(1, 3, True), (2, 3, True)]
+    assert events[-1]["received"] == 6 and events[-1]["accuracy"] > 0.3
+
+
 def test_different_models_on_digits(federate, digits):
     _, events = federate(digits(QUICK | {"align": 100}, proxy__labelled=True))
     last = events[-1]
@@ -163,8 +194,9 @@ def test_trainers_agree(small, federate):
     torch.testing.assert_close(*both, rtol=1e-4, atol=1e-4)
 
 
-def test_resume(small, resumes):
-    resumes(small(QUICK, **LABELLED | {"run__rounds": 3, "run__participation": 0.7}))
+@pytest.mark.parametrize("crash", [0.0, 0.3])
+def test_resume(small, resumes, crash):
+    resumes(small(QUICK, **LABELLED | {"run__rounds": 3, "run__participation": 0.7}, faults__crash=crash))
 
 
 def test_ray_gives_the_same_bits_as_this_process(small, tmp_path, ray_session):
