@@ -80,7 +80,8 @@ class FedCAD(FedAvg):
     travels_down: ClassVar[str] = "weights: 4·|θ|; class-weights: 4·C"
     pitfalls: ClassVar[str] = (
         "a class that has no sample among the server's labels is not distilled; "
-        "squared differences of logits grow with them, so large m_max or learning rates diverge"
+        "squared differences of logits are not bounded: clip gradients (client.clip = 0.5, as a port does), or "
+        "large m_max or learning rates diverge"
     )
     distils_on: ClassVar[Literal["", "clients", "server", "both"]] = "clients"
     server_data: ClassVar[str] = "a few labelled samples"

@@ -40,7 +40,7 @@ class FedSSD(FedCAD):
     year: ClassVar[int] = 2022
     pitfalls: ClassVar[str] = (
         "summaries say that it needs no auxiliary data, but the confusion matrix takes labelled samples; "
-        "a class that has none of them is not distilled"
+        "a class that has none of them is not distilled; clip gradients (client.clip = 0.5, as a port does)"
     )
     distils_on: ClassVar[Literal["", "clients", "server", "both"]] = "clients"
     server_data: ClassVar[str] = "a few labelled samples"
