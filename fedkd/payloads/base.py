@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -84,3 +85,41 @@ def check_outputs(values: Tensor, what: str) -> None:
                 f"{what} of size {largest:.3g}: beyond {LARGEST:g} they are of a model that has diverged, "
                 "or of an attacker"
             )
+
+
+@dataclass(frozen=True)
+class Vector(Payload):
+    """One number for each of some things that both sides know. Bytes: 4 for each.
+
+    Parameters
+    ----------
+    values : Tensor
+        Float32, shape [n].
+    """
+
+    values: Tensor
+    kind: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """4 for each number."""
+        return 4 * self.values.numel()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The numbers as float32."""
+        return {"values": self.values.detach().float().cpu().contiguous().numpy()}
+
+    def meta(self) -> dict[str, Any]:
+        """Nothing but the type."""
+        return {"type": type(self).__name__}
+
+    @classmethod
+    def read(cls, kind: str, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> Self:
+        """Rebuild from arrays and meta."""
+        return cls(torch.from_numpy(arrays["values"]))
+
+    def check_range(self, what: str, most: float = math.inf) -> None:
+        """Refuse numbers that are not finite, negative or above `most`, by raising `KnowledgeError`."""
+        check_float32(self.values, what)
+        if bool((self.values < 0).any()) or bool((self.values > most).any()):
+            raise KnowledgeError(f"{what} outside [0, {most:g}]")

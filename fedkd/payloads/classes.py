@@ -2,51 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from fedkd.errors import KnowledgeError
-from fedkd.payloads.base import Payload, check_float32
+from fedkd.payloads.base import Vector
 
 
 @dataclass(frozen=True)
-class _Vector(Payload):
-    """A few numbers between 0 and 1."""
-
-    values: Tensor
-    kind: str = ""
-
-    @property
-    def nbytes(self) -> int:
-        """4 for each number."""
-        return 4 * self.values.numel()
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The numbers as float32."""
-        return {"values": self.values.detach().float().cpu().contiguous().numpy()}
-
-    def meta(self) -> dict[str, Any]:
-        """Nothing but the type."""
-        return {"type": type(self).__name__}
-
-    @classmethod
-    def read(cls, kind: str, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> Self:
-        """Rebuild from arrays and meta."""
-        return cls(torch.from_numpy(arrays["values"]))
-
-    def _check(self, what: str) -> None:
-        check_float32(self.values, what)
-        if bool((self.values < 0).any()) or bool((self.values > 1).any()):
-            raise KnowledgeError(f"{what} outside [0, 1]")
-
-
-@dataclass(frozen=True)
-class ClassWeights(_Vector):
+class ClassWeights(Vector):
     """How much a model's outputs for each class count. Bytes: 4·C.
 
     Parameters
@@ -67,11 +30,11 @@ class ClassWeights(_Vector):
         """
         if self.values.shape != (num_classes,):
             raise KnowledgeError(f"wrong classes: weights {tuple(self.values.shape)} for {num_classes} classes")
-        self._check("class weights")
+        self.check_range("class weights", most=1)
 
 
 @dataclass(frozen=True)
-class TeacherWeights(_Vector):
+class TeacherWeights(Vector):
     """How much each of several teachers counts. Bytes: 4 for each teacher.
 
     Parameters
@@ -92,6 +55,6 @@ class TeacherWeights(_Vector):
         """
         if self.values.ndim != 1 or not len(self.values):
             raise KnowledgeError(f"wrong shape: teacher weights are {tuple(self.values.shape)}, not one for each")
-        self._check("teacher weights")
+        self.check_range("teacher weights", most=1)
         if abs(float(self.values.sum()) - 1) > 1e-3:
             raise KnowledgeError("teacher weights do not sum to 1")

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fedkd.errors import KnowledgeError
-from fedkd.payloads.base import Payload, check_float32
+from fedkd.payloads.base import Payload, Vector
 
 
 @dataclass(frozen=True)
-class SampleScores(Payload):
+class SampleScores(Vector):
     """One score for each of the samples that were agreed upon. Bytes: 4·n.
 
     Parameters
@@ -25,26 +25,7 @@ class SampleScores(Payload):
         Scores, float32, shape [n].
     """
 
-    values: Tensor
     kind: str = "sample-scores"
-
-    @property
-    def nbytes(self) -> int:
-        """4·n."""
-        return 4 * self.values.numel()
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Scores as they travel."""
-        return {"values": self.values.detach().float().cpu().contiguous().numpy()}
-
-    def meta(self) -> dict[str, Any]:
-        """Nothing but the type."""
-        return {"type": "SampleScores"}
-
-    @classmethod
-    def read(cls, kind: str, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> SampleScores:
-        """Rebuild from arrays and meta."""
-        return cls(torch.from_numpy(arrays["values"]))
 
     def check(self, size: int, most: float = math.inf) -> None:
         """Refuse scores of another number, negative ones, and such as are not finite or above `most`.
@@ -56,11 +37,7 @@ class SampleScores(Payload):
         """
         if self.values.shape != (size,):
             raise KnowledgeError(f"wrong shape: scores {tuple(self.values.shape)} for {size} samples")
-        check_float32(self.values, "scores")
-        if bool((self.values < 0).any()):
-            raise KnowledgeError("negative scores")
-        if bool((self.values > most).any()):
-            raise KnowledgeError(f"scores above {most:g}")
+        self.check_range("scores", most)
 
 
 @dataclass(frozen=True)

@@ -158,8 +158,8 @@ def test_equal_scores_are_feddf(prepared):
     ("spoil", "reason"),
     [
         (lambda v: v * float("nan"), "NaN"),
-        (lambda v: -v, "negative"),
-        (lambda v: v + 1e6, "above 1"),
+        (lambda v: -v, "outside [0, 1]"),
+        (lambda v: v + 1e6, "outside [0, 1]"),
         (lambda v: v[:-1], "wrong shape"),
     ],
 )
