@@ -24,8 +24,8 @@ def test_they_survive_the_wire_and_take_four_bytes_a_number():
     [
         ([0.5, float("nan")], "NaN"),
         ([0.5, float("inf")], "infinite"),
-        ([0.5, -0.1], "negative"),
-        ([0.5, 1.1], "above 1"),
+        ([0.5, -0.1], r"outside \[0"),
+        ([0.5, 1.1], r"outside \[0, 1\]"),
         ([0.5], "wrong shape"),
         ([0.5, 0.5, 0.5], "wrong shape"),
         ([[0.5, 0.5]], "wrong shape"),
