@@ -288,10 +288,10 @@ def shared_engine(scenario: Scenario, meanwhile: Callable[[], T] = lambda: None)
     done: Future[T] = Future()
     # Ray has to be started by the main thread, which hears Ctrl-C.
     threading.Thread(target=_fill, args=(done, meanwhile), name="fedkd-prepare", daemon=True).start()
-    start_ray(scenario.system.address, scenario.system.workers)
     try:
+        start_ray(scenario.system.address, scenario.system.workers)
         yield done.result()
-    finally:
+    finally:  # also of a start that Ctrl-C has interrupted
         ray.shutdown()
 
 

@@ -1,6 +1,6 @@
 """Linear layers whose products on a CPU are oneDNN's, as those of convolutions are.
 
-PyTorch leaves products of float32 matrices to MKL, which takes half as long again on AMD's processors.
+PyTorch leaves products of float32 matrices to MKL, which is slower on AMD's processors.
 """
 
 from __future__ import annotations
