@@ -96,7 +96,7 @@ def _resumable() -> Iterator[None]:
         yield
     except KeyboardInterrupt as interrupt:
         folder = getattr(interrupt, "folder", None)
-        _complain("interrupted" + (f"; go on with: fedkd resume {folder}" if folder else ""))
+        _complain(f"interrupted; go on with: {f'fedkd resume {folder}' if folder else 'the same command'}")
         raise typer.Exit(130) from None
 
 
@@ -127,17 +127,20 @@ def run(
     address: AddressOption = None,
     engine: EngineOption = None,
     workers: WorkersOption = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Runs of a sweep at once, each inline with its share of the cores.")
+    ] = 1,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run again what is already finished.")] = False,
 ) -> None:
     """Run a scenario; where it has a sweep, all of its cells that are not finished."""
     system = {"address": address, "engine": engine, "workers": workers}
     given = [f"system.{key}={value}" for key, value in system.items() if value is not None]
     document, cells = _checked(scenario, [*(set_ or []), *given], cache)
-    from fedkd.run import execute_sweep
+    from fedkd.jobs import execute_sweep
     from fedkd.screen import Screen
 
     with _resumable(), Screen(console, cells) as screen:
-        finished, failed = execute_sweep(cells, out=out, file=document.file, fresh=fresh, listener=screen)
+        finished, failed = execute_sweep(cells, out=out, file=document.file, fresh=fresh, jobs=jobs, listener=screen)
     screen.conclude(finished, out / document.scenario.name)
     for cell, error in failed:
         _complain(f"error: {cell.title}: {error}")

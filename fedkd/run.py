@@ -19,13 +19,13 @@ import re
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from flwr.app import RecordDict
@@ -56,9 +56,6 @@ from fedkd.server.runtime import LIVE_ONLY, Event, ServerRuntime
 from fedkd.server.strategy import DistillationStrategy
 from fedkd.students import keep_freed_memory
 from fedkd.threads import cores
-
-if TYPE_CHECKING:
-    from fedkd.sweep import Cell
 
 T = TypeVar("T")
 
@@ -93,6 +90,10 @@ class Listener:
 
     def run_ended(self, result: Result) -> None:
         """A run is finished, or was before."""
+
+    def beside(self) -> Self:
+        """Return what hears of one of several runs at once; this one, if it keeps nothing of a run."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -228,40 +229,6 @@ def resume(folder: Path, *, listener: Listener | None = None) -> Result:
     scenario = load(str(path)).scenario
     with shared_engine(scenario, meanwhile=partial(prepare, scenario)) as (federation, strategy):
         return _run(folder, scenario, federation, strategy, listener)
-
-
-def execute_sweep(
-    cells: Sequence[Cell], *, out: Path, file: str = "", fresh: bool = False, listener: Listener | None = None
-) -> tuple[list[tuple[Cell, Result]], list[tuple[Cell, FedKDError]]]:
-    """Run the cells of a sweep one after another; one that fails does not stop the others.
-
-    Parameters
-    ----------
-    cells : sequence of Cell
-        The cells; all are checked before the first one runs.
-    out, file, fresh, listener
-        As in `execute`.
-
-    Returns
-    -------
-    list of (Cell, Result), list of (Cell, FedKDError)
-        What finished, and what failed.
-    """
-    for cell in cells:
-        try:
-            prepare(cell.scenario)
-        except ScenarioError as error:
-            error.file = error.file or file
-            raise
-    finished, failed = [], []
-    with shared_engine(cells[0].scenario):
-        for cell in cells:
-            try:
-                result = execute(cell.scenario, out=out, file=file, fresh=fresh, listener=listener)
-                finished.append((cell, result))
-            except RunError as error:
-                failed.append((cell, error))
-    return finished, failed
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -143,6 +144,10 @@ class Screen(Listener):
         if result.skipped:
             text = f"{result.summary['label']}, seed {result.summary['seed']}: finished before"
             self.console.print(text, markup=False, highlight=False)
+
+    def beside(self) -> Self:
+        """Return a screen with a bar of its own, and with everything else of this one."""
+        return copy.copy(self)
 
     def conclude(self, finished: Sequence[tuple[Cell | None, Result]], folder: Path) -> None:
         """Print the final table, and write tables and learning curves of all runs.

@@ -6,12 +6,19 @@ from contextlib import contextmanager
 
 import torch
 
+_limit: int | None = None
+
 
 def cores() -> int:
     """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return available if _limit is None else min(available, _limit)
+
+
+def limit_cores(number: int) -> None:
+    """Let `cores` return no more than this from now on: other processes compute on the rest."""
+    global _limit
+    _limit = number
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fedkd import __version__, cli, run
+from fedkd import __version__, cli, jobs, run
 from fedkd.errors import RunError
 
 SMALL = """
@@ -185,7 +185,7 @@ def test_ctrl_c_prints_how_to_go_on(here, capsys, monkeypatch):
     def interrupted(*args, **kwargs):
         raise run.RunInterrupted(Path("runs/small/x"))
 
-    monkeypatch.setattr(run, "execute_sweep", interrupted)
+    monkeypatch.setattr(jobs, "execute_sweep", interrupted)
 
     assert fedkd("run", "small.toml") == 130
     assert "fedkd resume runs/small/x" in capsys.readouterr().err
@@ -195,7 +195,7 @@ def test_a_failed_run_exits_with_1(here, capsys, monkeypatch):
     def failing(cells, **kwargs):
         return [], [(cells[0], RunError("round 1: no client replied"))]
 
-    monkeypatch.setattr(run, "execute_sweep", failing)
+    monkeypatch.setattr(jobs, "execute_sweep", failing)
 
     assert fedkd("run", "small.toml") == 1
     assert "no client replied" in capsys.readouterr().err

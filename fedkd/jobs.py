@@ -1,0 +1,222 @@
+"""The runs of a sweep: one after another, or several at once, each in a process of its own.
+
+Clients of one run keep a few cores busy at best while eight of them are active; small federations, which are most
+of a paper's tables, use a machine better when every core has a run of its own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from fedkd.errors import FedKDError, RunError, ScenarioError
+from fedkd.run import Listener, Result, execute, prepare, shared_engine
+from fedkd.threads import cores, limit_cores
+
+if TYPE_CHECKING:
+    from fedkd.data.federation import Federation
+    from fedkd.preflight import Report
+    from fedkd.scenario import Scenario
+    from fedkd.server.runtime import Event
+    from fedkd.sweep import Cell
+
+GRACE = 10.0
+"""Seconds that runs have to end after Ctrl-C."""
+
+Outcomes = tuple[list[tuple["Cell", Result]], list[tuple["Cell", FedKDError]]]
+
+
+def execute_sweep(
+    cells: Sequence[Cell],
+    *,
+    out: Path,
+    file: str = "",
+    fresh: bool = False,
+    jobs: int = 1,
+    listener: Listener | None = None,
+) -> Outcomes:
+    """Run the cells of a sweep; one that fails does not stop the others.
+
+    Parameters
+    ----------
+    cells : sequence of Cell
+        The cells; all are checked before the first one runs.
+    jobs : int
+        Runs at once. 1 (default) = one after another, in this process. More need ``system.engine = "inline"``; every
+        run has an equal share of the cores, and of the GPUs there are one.
+    out, file, fresh, listener
+        As in `fedkd.run.execute`.
+
+    Returns
+    -------
+    list of (Cell, Result), list of (Cell, FedKDError)
+        What finished, and what failed, each in the order of the cells.
+
+    Raises
+    ------
+    ScenarioError, DataError
+        A cell cannot be run as written, or not beside others; nothing was run.
+    KeyboardInterrupt
+        Ctrl-C. What was finished is kept, and the same call goes on with the rest.
+    """
+    for cell in cells:
+        try:
+            if jobs > 1 and cell.scenario.system.engine != "inline":
+                hint = "add --engine inline, or leave out --jobs: on Ray, one run uses all cores"
+                raise ScenarioError("several runs at once need the inline engine", key="--jobs", hint=hint)
+            prepare(cell.scenario)
+        except ScenarioError as error:
+            error.file = error.file or file
+            raise
+    listener = listener or Listener()
+    if jobs > 1:
+        return _side_by_side(cells, _Order(out, file, fresh), min(jobs, len(cells)), listener)
+    finished, failed = [], []
+    with shared_engine(cells[0].scenario):
+        for cell in cells:
+            try:
+                result = execute(cell.scenario, out=out, file=file, fresh=fresh, listener=listener)
+                finished.append((cell, result))
+            except RunError as error:
+                failed.append((cell, error))
+    return finished, failed
+
+
+class _Order(NamedTuple):
+    """What `execute` is called with."""
+
+    out: Path
+    file: str
+    fresh: bool
+
+
+class _Job:
+    """A process that runs one cell after another, as the parent sees it."""
+
+    def __init__(self, place: int, jobs: int, order: _Order) -> None:
+        context = multiprocessing.get_context("spawn")  # threads and CUDA do not survive a fork
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, place, jobs, order), daemon=True)
+        self.process.start()
+        theirs.close()  # else its end would go unnoticed
+        self.cell: int | None = None
+        self.listener = Listener()
+
+
+def _side_by_side(cells: Sequence[Cell], order: _Order, jobs: int, listener: Listener) -> Outcomes:
+    waiting = deque(range(len(cells)))
+    results: dict[int, Result] = {}
+    errors: dict[int, FedKDError] = {}
+
+    def give(job: _Job) -> None:
+        """Hand the next cell to a job, or let it end."""
+        job.cell = waiting.popleft() if waiting else None
+        job.listener = listener.beside()
+        with suppress(ConnectionError):  # a process that is dead already is found out below
+            job.connection.send(None if job.cell is None else cells[job.cell].scenario)
+
+    with _running(jobs, order) as working:
+        for job in working:
+            give(job)
+        while busy := [job for job in working if job.cell is not None]:
+            ready = wait([job.connection for job in busy])
+            for job in (job for job in busy if job.connection in ready):
+                assert job.cell is not None
+                try:
+                    what, *said = job.connection.recv()
+                except (EOFError, ConnectionError):
+                    job.process.join()
+                    errors[job.cell] = RunError(
+                        f"its process ended with exit code {job.process.exitcode}\n"
+                        "  what was finished is kept: the same command goes on with it"
+                    )
+                    place = working.index(job)
+                    working[place] = _Job(place, jobs, order)
+                    give(working[place])
+                    continue
+                if what == "run_started":
+                    folder, done = said
+                    scenario = cells[job.cell].scenario
+                    job.listener.run_started(folder, scenario, prepare(scenario)[0], done)
+                elif what == "failed":
+                    errors[job.cell] = RunError(*said)
+                    give(job)
+                elif what == "finished":
+                    results[job.cell] = said[0]
+                    give(job)
+                else:
+                    getattr(job.listener, what)(*said)
+    return [(cells[n], results[n]) for n in sorted(results)], [(cells[n], errors[n]) for n in sorted(errors)]
+
+
+@contextmanager
+def _running(jobs: int, order: _Order) -> Iterator[list[_Job]]:
+    """Keep so many processes; whatever happens, none outlives the context."""
+    working: list[_Job] = []
+    try:
+        for place in range(jobs):
+            working.append(_Job(place, jobs, order))
+        yield working
+    except KeyboardInterrupt:
+        for job in working:
+            if job.process.pid is not None and job.process.is_alive():
+                os.kill(job.process.pid, signal.SIGINT)
+        raise
+    finally:
+        for job in working:
+            job.connection.close()
+        for job in working:
+            job.process.join(GRACE)
+            job.process.kill()
+
+
+# --- in the process of a job ---------------------------------------------------------------------------
+
+
+class _Reporter(Listener):
+    """Tells the parent what happens."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+
+    def run_started(self, folder: Path, scenario: Scenario, federation: Federation, done: int) -> None:
+        self.connection.send(("run_started", folder, done))  # the parent can build the federation itself
+
+    def preflight(self, report: Report) -> None:
+        self.connection.send(("preflight", report))
+
+    def event(self, event: Event) -> None:
+        self.connection.send(("event", event))
+
+    def run_ended(self, result: Result) -> None:
+        self.connection.send(("run_ended", result))
+
+
+def _serve(connection: Connection, place: int, jobs: int, order: _Order) -> None:
+    """Run what the parent sends, until it sends None."""
+    if hasattr(os, "setsid"):
+        os.setsid()  # Ctrl-C is for the parent, which passes it on once
+    limit_cores(max(1, cores() // jobs))
+    torch.set_num_threads(cores())
+    if torch.cuda.is_available():
+        torch.cuda.set_device(place % torch.cuda.device_count())
+    listener = _Reporter(connection)
+    try:
+        while (scenario := connection.recv()) is not None:
+            try:
+                result = execute(scenario, **order._asdict(), listener=listener)
+            except FedKDError as error:
+                connection.send(("failed", str(error)))
+            else:
+                connection.send(("finished", result))
+    except (KeyboardInterrupt, EOFError, ConnectionError):
+        pass  # the parent has gone, or goes
