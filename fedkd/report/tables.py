@@ -50,6 +50,7 @@ _TITLES = {
 }
 _UNITS = ["B", "kB", "MB", "GB", "TB", "PB"]
 _MISSING = "–"
+_NAME_WIDTH = 8
 
 
 def human_bytes(n: float) -> str:
@@ -298,10 +299,12 @@ def console_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
     several = seeds.size > 0 and seeds.max() > 1
     table = _new_table(title)
     table.caption = f"mean ± standard deviation over {_span(seeds)} seeds" if several else None
-    for heading, right in zip(titles, numeric):
-        # Numbers stay whole; in a narrow terminal the names give way.
-        wrapped = heading.replace(" ", "\n", 1)
-        table.add_column(Text(wrapped), justify="right" if right else "left", no_wrap=right, overflow="fold")
+    for place, (heading, right) in enumerate(zip(titles, numeric)):
+        # Numbers stay whole; in a narrow terminal the names give way, but not to single letters.
+        wrapped = heading.rpartition(".")[2].replace(" ", "\n", 1)
+        least = min(_NAME_WIDTH, max(len(line[place]) for line in cells)) if place == 0 and cells else None
+        justify = "right" if right else "left"
+        table.add_column(Text(wrapped), justify=justify, no_wrap=right, overflow="fold", min_width=least)
     for line in cells:
         short = [cell.replace(" ± ", "±") for cell in line]
         table.add_row(*(Text(cell, style="dim" if cell == _MISSING else "") for cell in short))
