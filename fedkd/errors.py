@@ -56,6 +56,10 @@ class RunError(FedKDError):
     """A run failed; what it had finished stays on disk and can be resumed."""
 
 
+class LostError(RunError):
+    """What a round needs is gone with the machine that held it; the round can be computed again."""
+
+
 @contextmanager
 def errors_in(file: str) -> Iterator[None]:
     """Put the file's name into scenario errors raised inside that do not know it."""

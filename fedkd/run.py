@@ -19,6 +19,7 @@ import re
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ from fedkd.engine import InlineGrid, Nodes, RayGrid
 from fedkd.engine.grid import SimulationGrid
 from fedkd.engine.placement import PER_GPU
 from fedkd.environment import environment
-from fedkd.errors import FedKDError, RunError, ScenarioError
+from fedkd.errors import FedKDError, LostError, RunError, ScenarioError
 from fedkd.files import write_atomic
 from fedkd.preflight import Report, preflight
 from fedkd.run_folder import (
@@ -59,6 +60,7 @@ from fedkd.threads import cores
 
 T = TypeVar("T")
 
+LOSSES = 3  # how often a run goes on from the same checkpoint after something was lost with a node
 ACCURACY_AFTER = (10, 50, 100)  # rounds at which summaries quote the accuracy
 
 
@@ -405,20 +407,8 @@ def _run_locked(
             grid.on_lost = partial(_recover, checkpoints, write)
             if saved is not None:
                 restore(*saved, strategy, server, grid)
-                write({"event": "resumed", "after_round": strategy.round})
-            elif log.tell():
-                write({"event": "resumed", "after_round": 0})
-            if saved is None and len(federation.attackers):
-                attackers = federation.attackers.tolist()
-                write({"event": "attackers", "kind": scenario.attacks.kind, "clients": attackers})
-
-            def after_round() -> None:
-                every, rounds = scenario.run.checkpoint_every, scenario.run.rounds
-                if strategy.round % every == 0 or strategy.round == rounds:
-                    seconds = spent + time.perf_counter() - began
-                    checkpoints.save(strategy, server, grid, seconds)
-
-            strategy.start(grid, after_round=after_round)
+            _announce(server, strategy.round if saved is not None else 0, again=log.tell() > 0)
+            strategy, server = _rounds(strategy, server, grid, checkpoints, lambda: spent + time.perf_counter() - began)
             seconds = spent + time.perf_counter() - began
             summary = summarise(folder, scenario, strategy, server, federation, seconds)
             for name, state in strategy.students.items():
@@ -442,6 +432,56 @@ def _run_locked(
     result = Result(folder, summary)
     listener.run_ended(result)
     return result
+
+
+def _announce(server: ServerRuntime, after: int, *, again: bool) -> None:
+    """Write what stands before the rounds: after which round the run goes on, or who attacks."""
+    if again:
+        server.on_event({"event": "resumed", "after_round": after})
+    attackers = server.federation.attackers.tolist()
+    if attackers and not after:
+        server.on_event({"event": "attackers", "kind": server.scenario.attacks.kind, "clients": attackers})
+
+
+def _rounds(
+    strategy: DistillationStrategy,
+    server: ServerRuntime,
+    grid: SimulationGrid,
+    checkpoints: Checkpoints,
+    seconds: Callable[[], float],
+) -> tuple[DistillationStrategy, ServerRuntime]:
+    """Run the rounds that are left, and return who has run the last one.
+
+    If uploads or clients' states are lost with their node, the run goes on from its last checkpoint, as a resumed one
+    does; so not even then a bit of the result changes.
+    """
+    run = server.scenario.run
+    losses = Counter[int]()  # by the round that was saved last
+    while True:
+
+        def after_round(strategy: DistillationStrategy = strategy, server: ServerRuntime = server) -> None:
+            if strategy.round % run.checkpoint_every == 0 or strategy.round == run.rounds:
+                checkpoints.save(strategy, server, grid, seconds())
+
+        try:
+            strategy.start(grid, after_round=after_round)
+            return strategy, server
+        except LostError as error:
+            saved = checkpoints.load()
+            at = int(saved[0]["round"]) if saved is not None else 0
+            losses[at] += 1
+            if losses[at] > LOSSES:
+                raise
+            logging.getLogger(__name__).warning("%s; the run goes on from its checkpoint of round %d", error, at)
+            strategy, server = (
+                plugins.make_strategy(server.scenario),
+                ServerRuntime(server.scenario, grid, server.on_event),
+            )
+            strategy.bind(server)
+            grid.load_state_dict({})
+            if saved is not None:
+                restore(*saved, strategy, server, grid)
+            _announce(server, at, again=True)
 
 
 def _as_recorded(scenario: Scenario, recorded: Scenario) -> Scenario:

@@ -274,11 +274,11 @@ class SimulationGrid(Grid):
     def take_changed(self) -> dict[int, RecordDict | None]:
         """Return the states that have changed since the last call (None: emptied), for an incremental checkpoint."""
         changed, self._changed = sorted(self._changed), set()
-        return dict(zip(changed, self._fetch([self._states.get(partition) for partition in changed])))
+        return dict(zip(changed, self._fetch(changed)))
 
-    def _fetch(self, handles: list[Any]) -> list[RecordDict | None]:
-        """Return the states behind handles."""
-        return handles
+    def _fetch(self, partitions: list[int]) -> list[RecordDict | None]:
+        """Return the states of clients, None for those that have none."""
+        return [self._states.get(partition) for partition in partitions]
 
     def load_state_dict(self, states: dict[int, RecordDict]) -> None:
         """Replace the states of all clients; those that are not named start empty.

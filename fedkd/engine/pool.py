@@ -47,6 +47,9 @@ RETRIES = 3
 PATIENCE = 60.0
 """Seconds without all workers after which the user is told that the grid waits for Ray."""
 
+LOST = ErrorCode.NODE_UNAVAILABLE
+"""Code of the error of a job that cannot be done because an argument was lost with its node."""
+
 DEATHS = (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError)
 
 
@@ -81,25 +84,36 @@ class Job:
         Its arguments.
     returns : int
         How many objects it returns.
-    value : int
-        Which of them the caller reads when the call has ended; the others stay references.
+    reads : callable
+        Which of the others the caller reads when the call has ended, given the first; the rest stay references.
+        Default: none.
     repair : callable, optional
         Called when arguments were lost with the node that held them; returns arguments to try again with.
+    pieces : callable, optional
+        Returns the same work as several jobs: what is done instead when it cannot be done as one, so that whoever is
+        to blame for that fails alone.
     """
 
     method: str
     arguments: tuple[Any, ...]
     returns: int = 1
-    value: int = 0
+    reads: Callable[[Any], Sequence[int]] = lambda first: ()
     repair: Callable[[], tuple[Any, ...]] | None = None
+    pieces: Callable[[], list[Job]] | None = None
 
 
 class Done(NamedTuple):
     """A job that has ended."""
 
     first: Any  # the first object that it returned
-    value: Any  # the one that the caller reads
+    read: list[Any]  # those that the caller reads
     refs: list[Any]  # references to all of them
+
+
+class Pieces(NamedTuple):
+    """A job that is done in pieces."""
+
+    numbers: list[int]  # of the jobs to ask for instead
 
 
 class Pool:
@@ -124,6 +138,8 @@ class Pool:
         Ray has too few CPUs or GPUs for the workers.
     """
 
+    LOST = RayError  # raised by `get` for what was lost with its node
+
     def __init__(
         self, parts: tuple[Any, ...], *, workers: int, gpus_per_worker: float, worker_bytes: int = 0, address: str
     ) -> None:
@@ -147,6 +163,8 @@ class Pool:
             if self._started_ray:
                 ray.shutdown()
             raise
+        self.gone: set[int] = set()  # places where one worker after another died before it could begin
+        self._stillborn = Counter[int]()
         self._dispatchers: set[Dispatcher] = set()
         self._started = self._closed = False
 
@@ -173,6 +191,37 @@ class Pool:
             self.actors[place] = self._make.remote(*self._parts)
             self.loading[place] = self.actors[place].load.remote()
 
+    def loaded(self, place: int) -> None:
+        """Take note that the worker in a place is ready for jobs."""
+        self.loading.pop(place, None)
+        self._stillborn[place] = 0
+
+    def died_loading(self, place: int, actor: Any, error: Exception) -> None:
+        """Start another worker for one that died before it could begin, but not for ever.
+
+        Raises
+        ------
+        RunError
+            There is no place left where a worker lives.
+        """
+        if self.actors[place] is not actor:
+            return
+        self._stillborn[place] += 1
+        times = self._stillborn[place]
+        if times <= RETRIES:
+            log.warning("a worker died while it loaded the client app (%s); another one is started", _cause(error))
+            self.replace(place, actor)
+            return
+        self.loading.pop(place, None)
+        self.gone.add(place)
+        left = len(self.actors) - len(self.gone)
+        if not left:
+            raise RunError(
+                f"workers die while they load the client app, {times} times in each place: {_cause(error)}\n"
+                "  is there memory for so many? --workers sets their number"
+            )
+        log.warning("a worker died %d times while it loaded the client app; %d are left", times, left)
+
     def load_app(self, app_factory: Any) -> None:
         """Let all workers, and those that come in their place, answer with another app from their next job on."""
         self._parts[0] = ray.put(app_factory)
@@ -186,7 +235,7 @@ class Pool:
     @contextmanager
     def dispatch(
         self, jobs: Sequence[Job], order: Sequence[int] = (), *, deadline: float = math.inf, ahead: int = 0
-    ) -> Iterator[Callable[[int], Done | Error]]:
+    ) -> Iterator[Callable[[int], Done | Pieces | Error]]:
         """Run jobs on the workers while the context is open.
 
         Parameters
@@ -203,21 +252,22 @@ class Pool:
         Yields
         ------
         callable
-            Waits for one job and returns what came of it. To be asked once for each job.
+            Waits for one job and returns what came of it; if it is done in `Pieces`, their numbers, to be asked for
+            likewise. To be asked once for each job.
         """
         self._wait_until_loaded()
         dispatcher = Dispatcher(self, jobs, order or range(len(jobs)), deadline, ahead or len(jobs))
         self._dispatchers.add(dispatcher)
         dispatcher.start()
 
-        def result(number: int) -> Done | Error:
+        def result(number: int) -> Done | Pieces | Error:
             while True:
                 done = dispatcher.wait(number)
-                if isinstance(done, Error):
+                if isinstance(done, Error | Pieces):
                     return done
                 first, refs = done
                 try:
-                    return Done(first, ray.get(refs[jobs[number].value]) if jobs[number].value else first, refs)
+                    return Done(first, ray.get([refs[k] for k in dispatcher.job(number).reads(first)]), refs)
                 except RayTaskError as error:
                     return Error(ErrorCode.UNKNOWN, _cause(error))
                 except RayError as error:  # the node that held it is gone
@@ -251,14 +301,25 @@ class Pool:
         # Waiting here and not in the constructor: workers import and load while the server prepares itself.
         if self._started:
             return
-        try:
-            if not ray.wait(list(self.loading.values()), timeout=PATIENCE)[0]:
-                free = ray.available_resources().get("CPU", 0.0)
-                log.warning("Ray has not started a worker yet: %g CPUs are free; still waiting", free)
-            ray.get(ray.wait(list(self.loading.values()))[0])
-        except RayError as error:
-            raise RunError(f"a worker could not load the client app: {_cause(error)}") from error
+        if not ray.wait(list(self.loading.values()), timeout=PATIENCE)[0]:
+            free = ray.available_resources().get("CPU", 0.0)
+            log.warning("Ray has not started a worker yet: %g CPUs are free; still waiting", free)
+        while not self._one_has_loaded():
+            pass
         self._started = True
+
+    def _one_has_loaded(self) -> bool:
+        """Wait until a worker has loaded the app, or died of it, which is not the same as an app that raises."""
+        [ref], _ = ray.wait(list(self.loading.values()))
+        place = next(place for place, other in self.loading.items() if other == ref)
+        try:
+            ray.get(ref)
+        except RayTaskError as error:
+            raise RunError(f"a worker could not load the client app: {_cause(error)}") from error
+        except RayError as error:
+            self.died_loading(place, self.actors[place], error)
+            return False
+        return True
 
 
 class Dispatcher(threading.Thread):
@@ -290,13 +351,18 @@ class Dispatcher(threading.Thread):
         self._begun: set[int] = set()
         self._deaths = Counter()
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._results: dict[int, tuple[Any, list[Any]] | Error] = {}
+        self._watched: dict[int, Any] = {}  # place -> the worker there that is being waited for
+        self._results: dict[int, tuple[Any, list[Any]] | Pieces | Error] = {}
         self._crash: BaseException | None = None
         self._changed = threading.Condition()
 
     # ---- called by others
 
-    def wait(self, number: int) -> tuple[Any, list[Any]] | Error:
+    def job(self, number: int) -> Job:
+        """Return a job."""
+        return self._jobs[number]
+
+    def wait(self, number: int) -> tuple[Any, list[Any]] | Pieces | Error:
         """Wait for a job and hand over the first object that it returned and references to all, or the error."""
         self._events.put(self._more)
         with self._changed:
@@ -321,8 +387,6 @@ class Dispatcher(threading.Thread):
     def run(self) -> None:
         """Hand out jobs until told to stop."""
         try:
-            for place in list(self._pool.loading):
-                self._watch(place)
             while True:
                 self._fill()
                 try:
@@ -341,10 +405,17 @@ class Dispatcher(threading.Thread):
     def _more(self) -> None:
         self._room += 1
 
-    def _watch(self, place: int) -> None:
-        """Hear when a worker has loaded the app; it gets no jobs before: its node may have no room for it."""
-        actor, future = self._pool.actors[place], self._pool.loading[place].future()
-        future.add_done_callback(lambda done: self._events.put(lambda: self._loaded(place, actor, done)))
+    def _watch(self) -> None:
+        """Hear when workers have loaded the app; they get no jobs before: their node may have no room for them."""
+        for place, ref in list(self._pool.loading.items()):
+            actor = self._pool.actors[place]
+            if self._watched.get(place) is not actor:
+                self._watched[place] = actor
+
+                def loaded(done: Any, place: int = place, actor: Any = actor) -> None:
+                    self._events.put(lambda: self._loaded(place, actor, done))
+
+                ref.future().add_done_callback(loaded)
 
     def _loaded(self, place: int, actor: Any, future: Any) -> None:
         if self._pool.actors[place] is not actor:
@@ -353,18 +424,17 @@ class Dispatcher(threading.Thread):
             future.result()
         except RayTaskError as error:
             raise RunError(f"a worker could not load the client app: {_cause(error)}") from error
-        except RayError:
-            self._replace(place, actor)
+        except RayError as error:
+            if place in self._pool.loading:  # else another dispatcher has heard of it before
+                self._pool.died_loading(place, actor, error)
         else:
-            self._pool.loading.pop(place, None)
-
-    def _replace(self, place: int, actor: Any) -> None:
-        self._pool.replace(place, actor)
-        self._watch(place)
+            self._pool.loaded(place)
 
     def _fill(self) -> None:
+        self._watch()
         load = Counter(place for place, _ in self._in_flight.values())
-        ready = [place for place in range(len(self._pool.actors)) if place not in self._pool.loading]
+        out = self._pool.loading.keys() | self._pool.gone
+        ready = [place for place in range(len(self._pool.actors)) if place not in out]
         while self._pending and ready and (self._room > 0 or self._pending[0] in self._begun):
             place = min(ready, key=load.__getitem__)
             if load[place] == IN_FLIGHT or (load[place] and len(self._pending) <= len(self._pool.actors)):
@@ -398,10 +468,11 @@ class Dispatcher(threading.Thread):
                 self._again([number], error, "arguments of a cohort were lost with their node")
             else:  # our own code raised, or a reply cannot be pickled: again would not help
                 del self._in_flight[number]
-                self._finish(number, Error(ErrorCode.UNKNOWN, _cause(error)))
+                lost = isinstance(error.cause, ObjectLostError)
+                self._give_up(number, Error(LOST if lost else ErrorCode.UNKNOWN, _cause(error)))
         except DEATHS as error:
             orphans = [job for job, (_, other) in self._in_flight.items() if other == actor]
-            self._replace(place, actor)
+            self._pool.replace(place, actor)
             self._again(orphans, error)
         except RayError as error:
             self._again([number], error)
@@ -411,28 +482,42 @@ class Dispatcher(threading.Thread):
 
     def _again(self, numbers: list[int], error: Exception, what: str = "a worker died") -> None:
         """Queue jobs again, in front; the first of them was being computed, so the blame is its alone."""
-        self._deaths[numbers[0]] += 1
-        times = self._deaths[numbers[0]]
-        for number in reversed(numbers):
+        blamed = numbers[0]
+        self._deaths[blamed] += 1
+        for number in numbers:
             self._in_flight.pop(number, None)
-            if number == numbers[0] and times > RETRIES:
-                reason = f"{type(error).__name__}: {what}, {times} times for this cohort; {_cause(error)}"
-                self._finish(number, Error(ErrorCode.CLIENT_APP_CRASHED, reason))
-            else:
-                self._pending.appendleft(number)
-        log.warning("%s (%s); its clients are run again elsewhere", what, type(error).__name__)
+        self._pending.extendleft(reversed(numbers[1:]))
+        times, kind = self._deaths[blamed], type(error).__name__
+        if self._jobs[blamed].pieces is None and times <= RETRIES:
+            self._pending.appendleft(blamed)
+        else:  # whoever it is, it must not fail others that happen to be in the same job
+            reason = f"{kind}: {what}, {times} times for this cohort; {_cause(error)}"
+            self._give_up(blamed, Error(ErrorCode.CLIENT_APP_CRASHED, reason))
+        given_up = isinstance(self._results.get(blamed), Error)
+        log.warning("%s (%s); its clients are %s", what, kind, "given up" if given_up else "run again elsewhere")
+
+    def _give_up(self, number: int, error: Error) -> None:
+        """End a job with an error, or do it in pieces."""
+        pieces = self._jobs[number].pieces
+        if pieces is None:
+            return self._finish(number, error)
+        numbers = range(len(self._jobs), len(self._jobs) + len(made := pieces()))
+        self._jobs += made
+        self._begun.update(numbers)
+        self._pending.extendleft(reversed(numbers))
+        self._finish(number, Pieces(list(numbers)))
 
     def _expire(self) -> None:
         """Give up what has not finished. Its workers are replaced: a client may never return."""
         for place, actor in dict.fromkeys(self._in_flight.values()):
-            self._replace(place, actor)
+            self._pool.replace(place, actor)
         for number in [*self._in_flight, *self._pending]:
             self._finish(number, TOO_LATE)
         self._in_flight.clear()
         self._pending.clear()
         self._deadline = math.inf
 
-    def _finish(self, number: int, result: tuple[Any, list[Any]] | Error) -> None:
+    def _finish(self, number: int, result: tuple[Any, list[Any]] | Pieces | Error) -> None:
         with self._changed:
             self._results[number] = result
             self._changed.notify_all()
@@ -474,7 +559,8 @@ def _check_room(workers: int, gpus_per_worker: float) -> None:
     for name, wanted in (("CPU", float(workers)), ("GPU", workers * gpus_per_worker)):
         if wanted > total.get(name, 0.0) + 1e-6:
             raise RunError(
-                f"{workers} workers need {wanted:g} {name}s, Ray has {total.get(name, 0.0):g}; ask for fewer workers"
+                f"{workers} workers need {wanted:g} {name}s, Ray has {total.get(name, 0.0):g}; ask for fewer workers: "
+                "fedkd run … --workers N goes on with a run that was begun with more"
             )
 
 

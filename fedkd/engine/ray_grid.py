@@ -18,7 +18,7 @@ from fedkd.engine.measure import Measured
 from fedkd.engine.nodes import Nodes
 from fedkd.engine.placement import Node
 from fedkd.engine.worker import KEPT, NEW, AppFactory, Cohort, Fold, Order, Receipt, Record, Stored, for_transport
-from fedkd.errors import RunError
+from fedkd.errors import LostError, RunError
 
 if TYPE_CHECKING:
     from fedkd.engine.pool import Done, Pool
@@ -90,12 +90,18 @@ class RayGrid(SimulationGrid):
 
     def state_dict(self) -> dict[int, RecordDict]:
         """Fetch ``Context.state`` by partition id, for clients whose state is not empty."""
-        partitions = sorted(self._states)
-        return dict(zip(partitions, self._pool.get([self._states[p] for p in partitions])))
+        fetched = zip(partitions := sorted(self._states), self._fetch(partitions))
+        return {partition: state for partition, state in fetched if state is not None}
 
-    def _fetch(self, handles: list[Any]) -> list[RecordDict | None]:
-        fetched = iter(self._pool.get([handle for handle in handles if handle is not None]))
-        return [None if handle is None else next(fetched) for handle in handles]
+    def _fetch(self, partitions: list[int]) -> list[RecordDict | None]:
+        fetched = iter(self._get([self._states[p] for p in partitions if p in self._states], "states of clients"))
+        return [next(fetched) if p in self._states else None for p in partitions]
+
+    def _get(self, refs: list[Any], what: str) -> list[Any]:
+        try:
+            return self._pool.get(refs)
+        except self._pool.LOST as error:
+            raise LostError(f"{what} were lost with their node ({type(error).__name__})") from error
 
     def load_state_dict(self, states: dict[int, RecordDict]) -> None:
         """Replace the states of all clients, as in `SimulationGrid`."""
@@ -109,7 +115,7 @@ class RayGrid(SimulationGrid):
 
     def compute(self, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         """Call the function on the workers, see `SimulationGrid.compute`."""
-        from fedkd.engine.pool import Job
+        from fedkd.engine.pool import LOST, Done, Job
 
         jobs = list(jobs)
         uses = Counter(id(argument) for job in jobs for argument in job)
@@ -138,21 +144,24 @@ class RayGrid(SimulationGrid):
             for number in range(len(made_jobs)):
                 done = result(number)
                 if isinstance(done, Error):
+                    if done.code == LOST:
+                        raise LostError("uploads were lost with their node")
                     raise RunError(f"a computation on a worker failed: {done.reason}")
-                yield done.value
+                assert isinstance(done, Done)
+                yield done.first
 
     @contextmanager
     def _running(
         self, items: list[Item], cohorts: list[list[int]], deadline: float | None, fold: Fold | None, keep: bool
     ) -> Iterator[Fetch]:
-        from fedkd.engine.pool import Job
+        from fedkd.engine.pool import Job, Pieces
 
         archs = [self.nodes.archs[self.nodes.index(items[cohort[0]].partition)] for cohort in cohorts]
         samples = [self._samples(items[position].partition for position in cohort) for cohort in cohorts]
         costs = [self._costs.of(arch, count) for arch, count in zip(archs, samples)]
-        tasks = in_tasks(costs, len(self._pool.actors))
+        tasks = dict(enumerate(in_tasks(costs, len(self._pool.actors))))
         stateful, self._stateful = self._stateful or bool(self._states), False
-        home = {number: (task, place) for task, numbers in enumerate(tasks) for place, number in enumerate(numbers)}
+        home = {number: (task, place) for task, numbers in tasks.items() for place, number in enumerate(numbers)}
         shared = _Shared([item.message.content for item in items], self._pool.put)
         fold_ref = None if fold is None else self._pool.put(fold)
 
@@ -175,18 +184,36 @@ class RayGrid(SimulationGrid):
                 self._rebuild(partitions)
                 return arguments()
 
-            return Job("run", arguments(), _FIXED + (len(partitions) if stateful else 1), 1, repaired)
+            def reads(receipts: list[Receipt]) -> list[int]:
+                # Where nobody expected states, they come as one object: for once they pass the driver.
+                return [1] if stateful or not _changed(receipts) else [1, _FIXED]
+
+            def pieces() -> list[Job]:
+                return [job(range(number, number + 1)) for number in numbers]
+
+            returns = _FIXED + (len(partitions) if stateful else 1)
+            return Job("run", arguments(), returns, reads, repaired, pieces if len(numbers) > 1 else None)
 
         done: dict[int, Done | Error] = {}
+        left = {task: len(numbers) for task, numbers in tasks.items()}
         limit = math.inf if deadline is None else deadline
-        with self._pool.dispatch([job(numbers) for numbers in tasks], deadline=limit) as result:
+        with self._pool.dispatch([job(numbers) for numbers in tasks.values()], deadline=limit) as result:
 
             def fetch(number: int) -> tuple[list[Outcome], list[tuple[int, int, Any]]]:
                 task, place = home[number]
                 loose = []
-                if task not in done:
-                    done[task], loose = self._taken(result(task), stateful)
+                while task not in done:
+                    ended = result(task)
+                    if isinstance(ended, Pieces):
+                        for other, piece in zip(tasks.pop(task), ended.numbers):
+                            home[other], tasks[piece], left[piece] = (piece, 0), range(other, other + 1), 1
+                        task, place = home[number]
+                    else:
+                        done[task], loose = self._taken(ended)
                 ended = done[task]
+                left[task] -= 1
+                if not left[task]:
+                    del done[task]  # the caller keeps what it needs longer
                 if isinstance(ended, Error):
                     failed = [items[position].message for position in cohorts[number]]
                     return [
@@ -194,7 +221,7 @@ class RayGrid(SimulationGrid):
                         for message in failed
                     ], loose
                 receipt: Receipt = ended.first[place]
-                replies, ended.value[place] = ended.value[place], None  # not kept longer than needed
+                replies, ended.read[place] = ended.read[place], None  # not kept longer than needed
                 self._costs.learn(archs[number], samples[number], receipt.seconds)
                 first = _FIXED + sum(len(cohorts[other]) for other in tasks[task][:place])
                 where = (ended.refs[1], (0, place)) if fold is None else (ended.refs[2], (place,)) if keep else None
@@ -210,22 +237,20 @@ class RayGrid(SimulationGrid):
 
             yield fetch
 
-    def _taken(self, ended: Done | Error, stateful: bool) -> tuple[Done | Error, list[tuple[int, int, Any]]]:
+    def _taken(self, ended: Done | Error) -> tuple[Done | Error, list[tuple[int, int, Any]]]:
         """Return a task, with a reference to each client's new state, and the parts that it has made."""
         if isinstance(ended, Error):
             return ended, []
-        values, loose = ended.value
+        (values, loose), *bundled = ended.read
+        self._stateful = self._stateful or _changed(ended.first)
         refs = ended.refs
-        if any(change == NEW for receipt in ended.first for change in receipt.changes):
-            self._stateful = True
-            if not stateful:  # nobody expected states, and they came as one object: for once they pass the driver
-                states = self._pool.get([refs[_FIXED]])[0]
-                refs = [*refs[:_FIXED], *(self._pool.put(state) if state else None for state in states)]
-        return ended._replace(value=values, refs=refs), loose
+        if bundled:
+            refs = [*refs[:_FIXED], *(self._pool.put(state) if state else None for state in bundled[0])]
+        return ended._replace(read=values, refs=refs), loose
 
     def measure(self, cohorts: Sequence[Sequence[Message]]) -> list[Measured]:
         """Run cohorts on one of the workers, see `SimulationGrid.measure`."""
-        from fedkd.engine.pool import Job
+        from fedkd.engine.pool import Done, Job
 
         contents = [message.content for messages in cohorts for message in messages]
         shared, objects, bundles = _Shared(contents, self._pool.put), [], []
@@ -238,7 +263,8 @@ class RayGrid(SimulationGrid):
             done = result(0)
         if isinstance(done, Error):
             raise RunError(done.reason)
-        return done.value
+        assert isinstance(done, Done)
+        return done.first
 
     def load_app(self, app_factory: AppFactory) -> None:
         """Let every worker make the app before its next cohort, see `SimulationGrid.load_app`."""
@@ -260,7 +286,7 @@ class RayGrid(SimulationGrid):
         if STORED not in reply.__dict__:
             return reply
         reference, path = reply.__dict__[STORED]
-        return make_message(reply.metadata, Stored(0, path).value(self._pool.get([reference])).content)
+        return make_message(reply.metadata, Stored(0, path).value(self._get([reference], "uploads")).content)
 
     def _samples(self, partitions: Iterable[int]) -> int:
         places = [self.nodes.index(partition) for partition in partitions]
@@ -275,6 +301,11 @@ class RayGrid(SimulationGrid):
                 self._states.pop(partition)
                 if state:
                     self._states[partition] = self._pool.put(state)
+
+
+def _changed(receipts: Sequence[Receipt]) -> bool:
+    """Whether a client has a new state."""
+    return any(change == NEW for receipt in receipts for change in receipt.changes)
 
 
 class _Shared:

@@ -100,6 +100,9 @@ def test_a_worker_that_dies_changes_no_bit(ray_grid, tmp_path, apps):
 
 def test_a_client_that_always_kills_its_worker_ends_as_an_error(ray_grid, tmp_path, apps, monkeypatch):
     monkeypatch.setattr(pool, "RETRIES", 1)
+    for _ in range(3):  # cohorts have been measured, and are so short that a task holds several
+        list(ray_grid.send_and_receive(apps.ask(ray_grid, range(20))))
+    before = ray_grid.state_dict()
     messages = apps.ask(ray_grid, range(20), die=3, marker=str(tmp_path / "died"), always=True)
     replies = list(ray_grid.send_and_receive(messages))
 
@@ -107,7 +110,51 @@ def test_a_client_that_always_kills_its_worker_ends_as_an_error(ray_grid, tmp_pa
     assert failed == [3, 4]  # the cohort of the culprit
     assert replies[3].error.code == ErrorCode.CLIENT_APP_CRASHED
     assert "a worker died, 2 times" in replies[3].error.reason
-    assert sorted(ray_grid.state_dict()) == [p for p in range(20) if p not in failed]
+    after = ray_grid.state_dict()
+    assert [p for p in range(20) if after[p] == before[p]] == failed
+
+
+def test_workers_that_die_while_they_load_end_as_one_clear_error(ray_session, apps, monkeypatch, caplog):
+    monkeypatch.setattr(pool, "RETRIES", 1)
+
+    def deadly():
+        import os
+
+        os._exit(1)
+
+    with (
+        RayGrid(deadly, Nodes.alike(2), workers=1) as grid,
+        pytest.raises(RunError, match="die while they load the client app, 2 times"),
+    ):
+        list(grid.send_and_receive(apps.ask(grid, [0])))
+    assert "another one is started" in caplog.text
+
+
+def test_workers_that_come_in_the_place_of_dead_ones_and_die_themselves(ray_session, apps, tmp_path, monkeypatch):
+    """The first two load; whoever comes after them does not, until nobody is left."""
+    monkeypatch.setattr(pool, "RETRIES", 1)
+    places = [str(tmp_path / name) for name in ("a", "b")]
+    counting_app = apps.counting_app
+
+    def scarce():
+        import os
+
+        for place in places:
+            try:
+                os.close(os.open(place, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                continue
+            return counting_app()
+        os._exit(1)
+
+    with RayGrid(scarce, Nodes.alike(20), workers=2) as grid:
+        list(grid.send_and_receive(apps.ask(grid, range(20))))
+        messages = apps.ask(grid, range(20), die=3, marker=str(tmp_path / "died"), always=False)
+        replies = list(grid.send_and_receive(messages))
+        assert not any(reply.has_error() for reply in replies)  # one is left, and does it all
+        assert len(grid._pool.gone) <= 1
+        with pytest.raises(RunError, match="die while they load the client app"):
+            list(grid.send_and_receive(apps.ask(grid, range(20), die=3, marker=str(tmp_path / "x"), always=True)))
 
 
 def test_an_app_that_cannot_be_loaded_is_one_clear_error(ray_session, apps):
