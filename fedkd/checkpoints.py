@@ -2,7 +2,8 @@
 
 A folder ``checkpoints`` holds, for each of the last two rounds that were saved, ``round-N`` with the strategy, the
 traffic and an index that says in which ``clients-N`` the state of each client is. Only states that have changed are
-written, so that a checkpoint costs as much as the clients that took part, however many have a state by now.
+written, so that a checkpoint costs as much as the clients that took part; all but the index, which has two numbers for
+each client that has a state by now.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from flwr.app import RecordDict
 from safetensors import SafetensorError
 
@@ -37,7 +40,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "checkpoints"
-        self._index: dict[str, int] = {}  # partition id -> round whose file holds the client's state
+        self._index: dict[int, int] = {}  # partition id -> round whose file holds the client's state
         self._needed: set[Path] = set()  # files that the last checkpoint refers to
 
     def load(self) -> tuple[dict[str, Any], dict[int, RecordDict]] | None:
@@ -52,7 +55,7 @@ class Checkpoints:
         for path in found:
             try:
                 tree = checkpoint.load(path)
-                self._index = {partition: int(at) for partition, at in tree["clients"].items()}
+                self._index = dict(zip(tree["clients"]["id"].tolist(), tree["clients"]["saved"].tolist(), strict=True))
                 self._needed = {self._file(at) for at in self._index.values()}
                 return tree, self._states()
             except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -63,24 +66,30 @@ class Checkpoints:
 
     def state_of(self, partition_id: int) -> tuple[int, RecordDict | None]:
         """Return the state of a client as it was saved last, and after which round; 0 and None if it never was."""
-        at = self._index.get(str(partition_id), 0)
+        at = self._index.get(partition_id, 0)
         return at, _read(self._file(at)).get(partition_id) if at else None
 
     def save(self, strategy: DistillationStrategy, server: ServerRuntime, grid: SimulationGrid, seconds: float) -> None:
         """Save what a run needs to go on after the round that is complete."""
         at = strategy.round
         changed = grid.take_changed()
-        index = {partition: saved for partition, saved in self._index.items() if int(partition) not in changed}
-        states = {str(p): checkpoint.records_to_tree(state) for p, state in changed.items() if state}
+        index = dict(self._index)
+        for partition in changed:
+            index.pop(partition, None)
+        states = {p: state for p, state in changed.items() if state}
         if states:
-            _write({"clients": states}, self._file(at))
+            trees = {str(p): checkpoint.records_to_tree(state) for p, state in states.items()}
+            _write({"clients": trees}, self._file(at))
             index |= dict.fromkeys(states, at)
         tree = {
             "round": at,
             "seconds": seconds,
             "traffic": {way: dict(kinds) for way, kinds in server.traffic.items()},
             "strategy": strategy.state_dict(),
-            "clients": index,
+            "clients": {
+                "id": torch.from_numpy(np.fromiter(index.keys(), np.int64, len(index))),
+                "saved": torch.from_numpy(np.fromiter(index.values(), np.int64, len(index))),
+            },
         }
         _write(tree, self.root / f"round-{at:06d}")
         self._index = index
@@ -100,7 +109,7 @@ class Checkpoints:
         states: dict[int, RecordDict] = {}
         for at in sorted(set(self._index.values())):
             saved = _read(self._file(at))
-            states |= {int(p): saved[int(p)] for p, other in self._index.items() if other == at}
+            states |= {p: saved[p] for p, other in self._index.items() if other == at}
         return states
 
     def _file(self, at: int) -> Path:

@@ -90,13 +90,13 @@ def _complain(text: str) -> None:
 
 
 @contextmanager
-def _resumable() -> Iterator[None]:
+def _resumable(how: str = "the same command") -> Iterator[None]:
     """Turn Ctrl-C into a line that says how to go on, and exit code 130."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
         folder = getattr(interrupt, "folder", None)
-        _complain(f"interrupted; go on with: {f'fedkd resume {folder}' if folder else 'the same command'}")
+        _complain(f"interrupted; go on with: {f'fedkd resume {folder}' if folder else how}")
         raise typer.Exit(130) from None
 
 
@@ -139,7 +139,10 @@ def run(
     from fedkd.jobs import execute_sweep
     from fedkd.screen import Screen
 
-    with _resumable(), Screen(console, cells) as screen:
+    with (
+        _resumable("fedkd resume, for each run that is not finished" if fresh else "the same command"),
+        Screen(console, cells) as screen,
+    ):
         finished, failed = execute_sweep(cells, out=out, file=document.file, fresh=fresh, jobs=jobs, listener=screen)
     screen.conclude(finished, out / document.scenario.name)
     for cell, error in failed:

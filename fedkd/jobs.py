@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -51,8 +52,9 @@ def execute_sweep(
     cells : sequence of Cell
         The cells; all are checked before the first one runs.
     jobs : int
-        Runs at once. 1 (default) = one after another, in this process. More need ``system.engine = "inline"``; every
-        run has an equal share of the cores, and of the GPUs there are one.
+        Runs at once. 1 (default) = one after another, in this process. More need ``system.engine = "inline"``, and a
+        GPU each where GPUs are used. Every run has an equal share of the cores; where ``system.server_threads`` is not
+        set that is its number of threads, on which the last bits of a result depend.
     out, file, fresh, listener
         As in `fedkd.run.execute`.
 
@@ -70,9 +72,8 @@ def execute_sweep(
     """
     for cell in cells:
         try:
-            if jobs > 1 and cell.scenario.system.engine != "inline":
-                hint = "add --engine inline, or leave out --jobs: on Ray, one run uses all cores"
-                raise ScenarioError("several runs at once need the inline engine", key="--jobs", hint=hint)
+            if jobs > 1:
+                _check_beside(cell.scenario, jobs)
             prepare(cell.scenario)
         except ScenarioError as error:
             error.file = error.file or file
@@ -91,6 +92,17 @@ def execute_sweep(
     return finished, failed
 
 
+def _check_beside(scenario: Scenario, jobs: int) -> None:
+    """Refuse runs that would be in each other's way."""
+    system, gpus = scenario.system, torch.cuda.device_count()
+    if system.engine != "inline":
+        hint = "add --engine inline, or leave out --jobs: on Ray, one run uses all cores"
+        raise ScenarioError("several runs at once need the inline engine", key="--jobs", hint=hint)
+    if system.device != "cpu" and 0 < gpus < jobs:
+        hint = f"ask for at most {gpus}, or add --set system.device=cpu"
+        raise ScenarioError("every run needs a GPU of its own", key="--jobs", hint=hint)
+
+
 class _Order(NamedTuple):
     """What `execute` is called with."""
 
@@ -105,11 +117,31 @@ class _Job:
     def __init__(self, place: int, jobs: int, order: _Order) -> None:
         context = multiprocessing.get_context("spawn")  # threads and CUDA do not survive a fork
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, place, jobs, order), daemon=True)
-        self.process.start()
+        self.process = context.Process(target=_serve, args=(theirs, jobs, order), daemon=True)
+        with _one_gpu(place):
+            self.process.start()
         theirs.close()  # else its end would go unnoticed
         self.cell: int | None = None
+        self.begun = False  # whether it has said anything about its cell
+        self.new = True  # whether it has said nothing at all
         self.listener = Listener()
+
+
+@contextmanager
+def _one_gpu(place: int) -> Iterator[None]:
+    """Let a process that is started here see one of the GPUs alone: as its first one, in all of its threads."""
+    before, count = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+    if count > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = (before.split(",") if before else [str(n) for n in range(count)])[
+            place % count
+        ]
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+        elif count > 1:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
 
 
 def _side_by_side(cells: Sequence[Cell], order: _Order, jobs: int, listener: Listener) -> Outcomes:
@@ -121,8 +153,9 @@ def _side_by_side(cells: Sequence[Cell], order: _Order, jobs: int, listener: Lis
         """Hand the next cell to a job, or let it end."""
         job.cell = waiting.popleft() if waiting else None
         job.listener = listener.beside()
-        with suppress(ConnectionError):  # a process that is dead already is found out below
+        with suppress(OSError):  # a process that is dead already is found out below
             job.connection.send(None if job.cell is None else cells[job.cell].scenario)
+        job.begun = False
 
     with _running(jobs, order) as working:
         for job in working:
@@ -133,16 +166,20 @@ def _side_by_side(cells: Sequence[Cell], order: _Order, jobs: int, listener: Lis
                 assert job.cell is not None
                 try:
                     what, *said = job.connection.recv()
-                except (EOFError, ConnectionError):
+                except (EOFError, OSError):  # both mean that it is dead, maybe in the middle of a word
                     job.process.join()
-                    errors[job.cell] = RunError(
-                        f"its process ended with exit code {job.process.exitcode}\n"
-                        "  what was finished is kept: the same command goes on with it"
-                    )
+                    if job.begun or job.new:
+                        errors[job.cell] = RunError(
+                            f"its process ended with exit code {job.process.exitcode}\n"
+                            "  what was finished is kept: the same command goes on with it"
+                        )
+                    else:  # between two runs
+                        waiting.appendleft(job.cell)
                     place = working.index(job)
                     working[place] = _Job(place, jobs, order)
                     give(working[place])
                     continue
+                job.begun, job.new = True, False
                 if what == "run_started":
                     folder, done = said
                     scenario = cells[job.cell].scenario
@@ -166,16 +203,17 @@ def _running(jobs: int, order: _Order) -> Iterator[list[_Job]]:
         for place in range(jobs):
             working.append(_Job(place, jobs, order))
         yield working
-    except KeyboardInterrupt:
+    except BaseException:
         for job in working:
             if job.process.pid is not None and job.process.is_alive():
                 os.kill(job.process.pid, signal.SIGINT)
         raise
     finally:
+        until = time.monotonic() + GRACE
         for job in working:
             job.connection.close()
         for job in working:
-            job.process.join(GRACE)
+            job.process.join(max(0.0, until - time.monotonic()))
             job.process.kill()
 
 
@@ -201,14 +239,12 @@ class _Reporter(Listener):
         self.connection.send(("run_ended", result))
 
 
-def _serve(connection: Connection, place: int, jobs: int, order: _Order) -> None:
+def _serve(connection: Connection, jobs: int, order: _Order) -> None:
     """Run what the parent sends, until it sends None."""
     if hasattr(os, "setsid"):
         os.setsid()  # Ctrl-C is for the parent, which passes it on once
     limit_cores(max(1, cores() // jobs))
     torch.set_num_threads(cores())
-    if torch.cuda.is_available():
-        torch.cuda.set_device(place % torch.cuda.device_count())
     listener = _Reporter(connection)
     try:
         while (scenario := connection.recv()) is not None:

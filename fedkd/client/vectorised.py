@@ -40,7 +40,9 @@ log = logging.getLogger(__name__)
 def train(tasks: Sequence[Task]) -> list[Exception | None]:
     """Train students together as far as possible, else one by one; returns what went wrong for each of them.
 
-    Whether it is possible depends on the model, the method and what the clients received, never on time or machine.
+    Whether it is possible depends on the model, the method and what the clients received, never on time or machine; but
+    for a GPU without memory for all of them at once, because others use it. Those clients say so in the metric
+    ``out_of_memory``, since rounding, and so the bits of a result, depends on it.
     """
     failures: dict[int, Exception] = {}
     for group in _groups(tasks):
@@ -50,6 +52,10 @@ def train(tasks: Sequence[Task]) -> list[Exception | None]:
                 _Cohort(group).train()
                 continue
         except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                torch.cuda.empty_cache()
+                for task in group:
+                    task.student.metrics["out_of_memory"] = 1.0
             known = isinstance(error, CannotVectorise)
             _say(group[0].student.arch, str(error) if known else f"{type(error).__name__}: {error}".split("\n")[0])
         for task in group:

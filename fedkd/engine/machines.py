@@ -46,9 +46,12 @@ def _free_gpu_memory(node_ids: list[str]) -> dict[str, int]:
     """Return the free memory of each machine's GPU that has least of it; the driver may have no GPU, or another one."""
 
     def ask() -> int:  # inside, so that it travels by value: importing this package there would take seconds
+        import os
         import subprocess
 
         command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+        if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):  # nvidia-smi itself lists those that others use, too
+            command += ["--id", visible]
         try:
             said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
             return min(int(line) for line in said.split()) << 20  # it counts in MiB
