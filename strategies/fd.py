@@ -110,7 +110,7 @@ class FD(DistillationStrategy):
         "No code was released. Re-implementations average logits, start counts at 1, never reset them, or keep a "
         "client's own table in its mean; the defaults follow the paper. Preset code takes FedGen's repository's "
         "logits, KL and own table in the mean, not its counts, its tracker, or its averaging of absent classes. The "
-        "paper divides by the number of other devices, here it is by those that have the class."
+        "paper divides by the number of other devices, here it is by those that have the class. γ = 1 is assumed."
     )
     verified: ClassVar[str] = (
         "loss, tables and leave-one-out means by hand; γ = 0 equals local training bit for bit; bytes; resume"

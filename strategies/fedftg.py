@@ -62,7 +62,8 @@ class FedFTG(DistillationStrategy):
         "Disagreement is a KL in the paper, read as one with gradients through both models; in the released code "
         "it is the mean absolute gap of logits, the client's taken as fixed. The code multiplies a batch's mean CE by "
         "its mean α, and divides the average's loss by the number of classes. The defaults are the paper's, preset "
-        "code has all three. Labels are drawn, where the code takes exact shares in random order. The distances of the "
+        "code has all three; but the learning rates are the code's for both, so that the average's steps are C times "
+        "as long by default. Labels are drawn, where the code takes exact shares in random order. The distances of the "
         "diversity term are the code's means per number: the paper's norms would make it vanish. Local "
         "schedules are the scenario's."
     )

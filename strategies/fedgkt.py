@@ -4,7 +4,7 @@ NeurIPS 2020 (2007.14513), Algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -116,17 +116,18 @@ class FedGKT(DistillationStrategy):
     travels_up: ClassVar[str] = "feature-maps: 4·n_k·F + 4·n_k·C + 8·n_k (labels, ids)"
     travels_down: ClassVar[str] = "sample-knowledge: 4·n_k·C + 4·n_k (ids), from a client's second round on"
     pitfalls: ClassVar[str] = (
-        "sends labels, and features from which inputs can be reconstructed; traffic grows with the private data; the "
-        "tail forgets earlier clients of a round where data are skewed (server_order = 'mixed' does not)"
+        "sends labels, and features from which inputs can be reconstructed; traffic grows with the private data; where "
+        "data are skewed and clients have few batches, the tail knows the client before best, and that is what it "
+        "tells the next one about its samples: server_order = 'mixed' avoids it"
     )
     distils_on: ClassVar[Literal["", "clients", "server", "both"]] = "both"
     differences: ClassVar[str] = (
         "The paper's objectives have no coefficient; the release has α, on the KD of clients and on the CE of the "
-        "server, and the default 1 makes them one. The release keys logits by batch number, which is wrong once the "
-        "loader shuffles, adds 1e-7 to teachers' probabilities, augments what features are made of, uploads test "
-        "features and lowers the learning rate when *test* accuracy stalls: none of it is done here. Its clients' "
-        "Adams live on between rounds; here they are fresh in every round. One tail serves clients of several "
-        "architectures through adapters, which the paper does not have."
+        "server, and 1, assumed as the default, makes them one. The release keys logits by batch number, which is "
+        "wrong once the loader shuffles, adds 1e-7 to teachers' probabilities, augments what features are made of, "
+        "uploads test features and lowers the learning rate when *test* accuracy stalls: none of it is done here. Its "
+        "clients' Adams live on between rounds; here they are fresh in every round. One tail serves clients of "
+        "several architectures through adapters, which the paper does not have."
     )
     verified: ClassVar[str] = (
         "losses by hand in float64; logits by sample id; client's own model as its tail; α = 0; bytes; resume"
@@ -238,16 +239,19 @@ class FedGKT(DistillationStrategy):
         """Return nothing: no model on the server takes images; see `measure`."""
         return {}
 
-    def measure(self) -> dict[str, dict[str, float]]:
-        """Return the accuracy of every client's body with the tail, on the global test set."""
+    def deployed(self) -> Callable[[int], Knowledge]:
+        """Return the tail, which every client's body is used with."""
         server = self.server
         state = snapshot(self.tail.state_dict())
         parts = {
             arch: Knowledge.of(Weights(self.tail.state_for(shape, state), server.server_arch, kind=TAIL))
             for arch, shape in self.shapes.items()
         }
-        pairs = self.evaluate_clients(server.federation.eligible, "global", lambda p: parts[server.federation.archs[p]])
-        return {PAIR: pairs}
+        return lambda p: parts[server.federation.archs[p]]
+
+    def measure(self) -> dict[str, dict[str, float]]:
+        """Return the accuracy of every client's body with the tail, on the global test set."""
+        return {PAIR: self.evaluate_clients(self.server.federation.eligible, "global", self.deployed())}
 
     def headline(self, measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Return the accuracy of the pairs."""

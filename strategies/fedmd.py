@@ -125,7 +125,7 @@ class FedMD(OutputExchange):
         "the accuracy on *test* data; here it is that on the client's validation split or, without one, on its "
         "training samples, and the public phase is watched on a tenth of the public set. Its clients' Adams live on "
         "between rounds; here they are fresh in every round. There public and private classes differ and the output "
-        "layer covers both; here they are the same task's."
+        "layer covers both; here they are the same task's. The patience of the public phase is not known; 3 is assumed."
     )
     verified: ClassVar[str] = (
         "loss, consensus and order of a round by hand; stratified draw; early stopping; bytes; resume; three models"

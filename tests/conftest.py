@@ -10,6 +10,33 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 
 
+# Methods with settings that make a round short.
+FAST = {
+    "fedmd": {"name": "fedmd", "align": 40, "public_epochs": 2, "transfer_epochs": 2},
+    "cfd": {"name": "cfd", "subset_size": 40, "bits_down": 4, "distill_batch_size": 20},
+    "mhat": {"name": "mhat", "public_size": 40, "server_batch_size": 20},
+    "cronus": {"name": "cronus", "initial_epochs": 2},
+    "fedgems": {"name": "fedgems", "public_batch_size": 20, "server_batch_size": 20},
+    "fedgkt": {"name": "fedgkt", "server_epochs": 1, "server_batch_size": 20},
+    "distributed": {"name": "distributed", "graph": "complete", "gossip_steps": 2},
+    "feddf": {"name": "feddf", "steps": 20, "batch_size": 16},
+    "fedbe": {"name": "fedbe", "samples": 3, "epochs": 2, "batch_size": 16, "swa_start": 2, "swa_every": 2},
+    "fedaux": {"name": "fedaux", "pretrain_epochs": 2, "pretrain_batch_size": 32, "batch_size": 16, "lr": 1e-3},
+    "fedftg": {"name": "fedftg", "iterations": 2, "batch_size": 12, "noise": 6, "width": 8},
+    "dsfl": {
+        "name": "dsfl",
+        "open_size": 40,
+        "distill_batch_size": 20,
+        "distill_epochs": 2,
+        "server_lr": 0.1,
+    },
+}
+
+# What a method needs of the scenario beside the proxy set that all have.
+NEEDS = {name: {"proxy__server_labels": 30} for name in ("fedgkd_vote", "fedcad", "fedssd")}
+NEEDS |= {name: {"proxy__labelled": True} for name in ("fedgems", "fedmd")}
+
+
 @pytest.fixture(scope="session")
 def ray_started():
     """Return a function that starts Ray with two CPUs, unless it runs; every RayGrid joins it."""
@@ -81,3 +108,15 @@ def federate():
         return strategy, events
 
     return run
+
+
+@pytest.fixture
+def fast():
+    """Return a function from the name of a method to the method with settings that make a round short."""
+    return lambda name: FAST.get(name, {"name": name})
+
+
+@pytest.fixture
+def needs():
+    """Return a function from the name of a method to what it needs of a scenario, as changes for `small`."""
+    return lambda name: NEEDS.get(name, {})

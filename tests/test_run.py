@@ -94,6 +94,21 @@ def test_ray_gives_the_same_bits_as_this_process(small, tmp_path, strategy, ray_
         assert metrics(on_ray.folder) == metrics(inline.folder)
 
 
+# Where workers answer queries, hold tails or samples, keep models for their clients, or remember what they have sent.
+ON_WORKERS = ["fedbe", "fedaux", "fedftg", "fedgkd_vote", "fedgems", "fedgkt", "distributed", "fedmd", "cfd"]
+ON_WORKERS += ["mhat", "cronus"]
+
+
+@pytest.mark.parametrize("name", ON_WORKERS)
+def test_every_other_method_has_the_same_bits_on_workers(small, fast, needs, tmp_path, name, ray_session):
+    images = {"data__options": {"classes": 4, "train": 300, "test": 40, "shape": [8, 8]}, "models__options": {}}
+    settings = {"run__rounds": 2, "client__steps": 2, "system__trainer": "sequential", **images, **needs(name)}
+    settings |= {"models__student": "cnn", "models__norm": "batch", "models__buffers": "params_only"}
+    inline = run.execute(small(fast(name), **settings), out=tmp_path / "inline")
+    on_ray = small(fast(name), **settings, system__engine="ray", system__workers=2)
+    assert metrics(run.execute(on_ray, out=tmp_path / "ray").folder) == metrics(inline.folder)
+
+
 @pytest.mark.parametrize(
     ("strategy", "attacks"),
     [

@@ -451,7 +451,7 @@ class DistillationStrategy(Strategy):
             measured |= self.measure()
         if run.evaluate_clients != "none":
             chosen = self.selected if run.evaluate_clients == "selected" else federation.eligible
-            measured["clients-local"] = self.evaluate_clients(chosen, on="local")
+            measured["clients-local"] = self.evaluate_clients(chosen, "local", self.deployed())
         record: dict[str, Any] = {**self.headline(measured), "predictors": measured}
         students = [name for name in logits if name.partition("/")[0] == "server"]
         if "ensemble" in logits and students:
@@ -459,6 +459,14 @@ class DistillationStrategy(Strategy):
                 measured[name]["agreement"] = agreement(logits[name], logits["ensemble"])
             record["agreement"] = sum(measured[name]["agreement"] for name in students) / len(students)
         return record
+
+    def deployed(self) -> Callable[[int], Knowledge] | None:
+        """Return what clients are given to be measured on their own test data, by partition id.
+
+        For methods whose clients use neither the global model nor one of their own alone. Default: see
+        `evaluate_clients`.
+        """
+        return None
 
     def measure(self) -> dict[str, dict[str, float]]:
         """Return more scores that clients measure on the global test set, by whose they are. Default: none.

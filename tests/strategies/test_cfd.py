@@ -197,13 +197,5 @@ def test_different_models_on_digits(federate, digits):
     assert last["predictors"]["clients"]["accuracy"] > 0.15
 
 
-def test_trainers_agree(small, federate):
-    both = []
-    for trainer in ("sequential", "vectorised"):
-        strategy, _ = federate(small(QUICK | FLOAT, run__rounds=2, system__trainer=trainer))
-        both.append(strategy.consensus)
-    torch.testing.assert_close(*both, rtol=1e-3, atol=1e-4)
-
-
 def test_resume(small, resumes):
     resumes(small(QUICK | {"bits_down": 4}, run__rounds=4, run__participation=0.7))

@@ -45,7 +45,7 @@ def test_who_missed_the_initial_phase_makes_up_for_it_once(small, federate, tap_
             return Message(Error(code=0, reason="gone"), reply_to=message)
         return call_next(message, context)
 
-    scenario, tap = small(QUICK, **EVERYBODY, system__trainer=trainer), tap_of()
+    scenario, tap = small(QUICK, **EVERYBODY, system__trainer=trainer, system__cohort=6), tap_of()
     federate(scenario, mods=[tap, lose])
     sizes = build_federation(scenario).sizes
     assert [each.client for each in tap.of(0, "train.initial")] == [0, 1, 3, 4, 5]
@@ -171,11 +171,6 @@ def test_different_models_on_digits(federate, digits):
     _, events = federate(digits(QUICK | {"initial_epochs": 5}))
     last = events[-1]
     assert last["received"] == 6 and last["whose"] == "clients" and last["accuracy"] > 0.3
-
-
-def test_trainers_agree(small, federate):
-    both = [federate(small(QUICK, **EVERYBODY, system__trainer=t))[0] for t in ("sequential", "vectorised")]
-    torch.testing.assert_close(*(strategy.labels.values for strategy in both), rtol=1e-3, atol=1e-4)
 
 
 def test_resume(small, resumes):

@@ -193,15 +193,6 @@ def test_different_devices_on_digits(small, federate):
     assert rounds_of(events)[-1]["received"] == N and "consensus" in rounds_of(events)[-1]["train"]
 
 
-def test_cohorts_are_trained_as_one(small, federate):
-    events = [
-        rounds_of(federate(small(method(), **EVERYBODY, system__trainer=trainer, system__cohort=6))[1])
-        for trainer in ("sequential", "vectorised")
-    ]
-    for one, two in zip(*events, strict=True):
-        assert one["train"] == pytest.approx(two["train"], rel=1e-3)
-
-
 PEERS = {
     "ids": torch.tensor([0, 7]),
     "peers": torch.tensor([3, 4, 8]),

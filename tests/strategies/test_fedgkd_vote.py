@@ -150,15 +150,6 @@ def test_one_teacher_is_fedgkd_with_one_teacher_to_the_bit(small, federate):
     assert equal(vote, plain) and not equal(vote, fedavg)
 
 
-def test_both_trainers_agree(small, federate):
-    method = {"name": "fedgkd_vote", "coefficient": 1.0}
-    system = {"cohort": 4, "server_threads": 1}
-    one, _ = federate(small(method, system={**system, "trainer": "sequential"}, **LABELS))
-    two, _ = federate(small(method, system={**system, "trainer": "vectorised"}, **LABELS))
-    for name, tensor in one.students["mlp"].items():
-        torch.testing.assert_close(tensor, two.students["mlp"][name], rtol=1e-4, atol=1e-5)
-
-
 def test_every_architecture_has_its_own_teachers_and_votes(small, federate):
     scenario = small(
         "fedgkd_vote",

@@ -189,6 +189,16 @@ def test_a_pair_of_equal_halves_is_the_client_itself(start, small):
     assert not strategy.server.traffic["down"]  # and that does not count as traffic
 
 
+def test_clients_are_measured_on_their_own_data_with_the_tail(start, small):
+    strategy = start(small(METHOD, **IMAGES, partition__test=0.3, run__evaluate_clients="all"))
+    everybody = strategy.server.federation.eligible
+    own = strategy.evaluate_clients(everybody, "local")
+    with torch.no_grad():
+        strategy.tail.head.weight.neg_()
+    measured = strategy.evaluate()["predictors"]["clients-local"]
+    assert measured == strategy.evaluate_clients(everybody, "local", strategy.deployed()) != own
+
+
 @pytest.mark.parametrize("order", ["by-client", "mixed"])
 def test_the_returned_logits_are_those_of_the_last_epoch_for_every_sample(start, small, order):
     scenario = small({**METHOD, "server_order": order, "server_epochs": 3}, **IMAGES)
@@ -260,15 +270,6 @@ def test_one_tail_serves_clients_of_different_models_on_digits(small, federate, 
     strategy, events = federate(scenario)
     assert sorted(strategy.tail.adapters) == ["16x4x4", "200"]  # resnet8's maps are what resnet20 expects
     assert rounds_of(events)[-1]["received"] == 4
-
-
-def test_cohorts_are_trained_as_one(small, federate):
-    events = [
-        rounds_of(federate(small(METHOD, **IMAGES, system__trainer=trainer, system__cohort=6))[1])
-        for trainer in ("sequential", "vectorised")
-    ]
-    for one, two in zip(*events, strict=True):
-        assert one["train"] == pytest.approx(two["train"], rel=1e-3)
 
 
 def test_batch_norm_leaves_out_a_batch_of_one(small, federate):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from fedkd.client import sequential, vectorised
+
 STRATEGIES = ["fedavg", "fedprox", "feddf", "fedgkd", "fedntd", "dsfl", "fd"]
 STRATEGIES += ["fedgkd_vote", "fedcad", "fedssd", "local", "centralized"]
 STRATEGIES += ["fedbe", "fedaux", "fedftg"]
@@ -10,45 +12,17 @@ STRATEGIES += ["fedgems", "fedgkt", "distributed"]
 STRATEGIES += ["fedmd", "cfd", "mhat", "cronus"]
 # Whose bytes depend on clients' sizes, neighbours or mistakes: tested in the files of these methods.
 BYTES_VARY = {"fedgems", "fedgkt", "distributed", "fedmd", "cfd", "mhat", "cronus"}
-FAST = {
-    "fedmd": {"name": "fedmd", "align": 40, "public_epochs": 2, "transfer_epochs": 2},
-    "cfd": {"name": "cfd", "subset_size": 40, "bits_down": 4, "distill_batch_size": 20},
-    "mhat": {"name": "mhat", "public_size": 40, "server_batch_size": 20},
-    "cronus": {"name": "cronus", "initial_epochs": 2},
-    "fedgems": {"name": "fedgems", "public_batch_size": 20, "server_batch_size": 20},
-    "fedgkt": {"name": "fedgkt", "server_epochs": 1, "server_batch_size": 20},
-    "distributed": {"name": "distributed", "graph": "complete", "gossip_steps": 2},
-    "feddf": {"name": "feddf", "steps": 20, "batch_size": 16},
-    "fedbe": {"name": "fedbe", "samples": 3, "epochs": 2, "batch_size": 16, "swa_start": 2, "swa_every": 2},
-    "fedaux": {"name": "fedaux", "pretrain_epochs": 2, "pretrain_batch_size": 32, "batch_size": 16, "lr": 1e-3},
-    "fedftg": {"name": "fedftg", "iterations": 2, "batch_size": 12, "noise": 6, "width": 8},
-    "dsfl": {
-        "name": "dsfl",
-        "open_size": 40,
-        "distill_batch_size": 20,
-        "distill_epochs": 2,
-        "server_lr": 0.1,
-    },
-}
-
-# What a method needs of the scenario beside the proxy set that all have.
-NEEDS = {name: {"proxy__server_labels": 30} for name in ("fedgkd_vote", "fedcad", "fedssd")}
-NEEDS |= {name: {"proxy__labelled": True} for name in ("fedgems", "fedmd")}
 
 
 @pytest.fixture
-def small(small):
+def small(small, needs):
     """Scenarios as elsewhere, with what the method needs."""
 
     def make(strategy="fedavg", **changes):
         name = strategy if isinstance(strategy, str) else strategy["name"]
-        return small(strategy, **{**NEEDS.get(name, {}), **changes})
+        return small(strategy, **{**needs(name), **changes})
 
     return make
-
-
-def fast(name):
-    return FAST.get(name, {"name": name})
 
 
 def rounds_of(events):
@@ -144,8 +118,38 @@ def test_a_scenario_term_pulls_the_student_to_its_teacher(small, federate):
     assert moved(held) < 0.9 * moved(free)
 
 
+TOGETHER = {
+    "fedgkd_vote": {"coefficient": 1.0},
+    "fedcad": {"threshold": 0.0, "m_max": 0.5},
+    "fedssd": {"threshold": 0.0, "m_max": 0.5},
+    "fedftg": {"iterations": 1},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "centralized"])
+def test_clients_trained_together_learn_what_they_learn_alone(small, federate, name, monkeypatch, fast):
+    together, alone = [], []
+    train_one, train_all = sequential.train, vectorised._Cohort.train
+    monkeypatch.setattr(sequential, "train", lambda task: alone.append(1) or train_one(task))
+    monkeypatch.setattr(vectorised._Cohort, "train", lambda self: together.append(len(self.tasks)) or train_all(self))
+    method = fast(name) | TOGETHER.get(name, {})
+    everybody = {"run__rounds": 2, "run__participation": 1.0, "system__cohort": 6}
+    one, events = federate(small(method, **everybody, system__trainer="sequential"))
+    assert alone and not together
+    alone.clear()
+    other, others = federate(small(method, **everybody, system__trainer="vectorised"))
+
+    assert set(together) == {6} if name != "fedmd" else max(together) == 6  # whose clients stop at different passes
+    assert not alone or name == "fedmd"
+    for arch, state in one.students.items():
+        for key, tensor in state.items():
+            torch.testing.assert_close(tensor, other.students[arch][key], rtol=1e-3, atol=1e-3)
+    for ours, theirs in zip(rounds_of(events), rounds_of(others), strict=True):
+        assert ours["train"] == pytest.approx(theirs["train"], rel=1e-3, abs=1e-5)
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_same_seed_same_metrics_other_seed_other_metrics(small, federate, name):
+def test_same_seed_same_metrics_other_seed_other_metrics(small, federate, name, fast):
     first = rounds_of(federate(small(fast(name)))[1])
     again = rounds_of(federate(small(fast(name)))[1])
     other = rounds_of(federate(small(fast(name), run__seed=1))[1])
@@ -153,7 +157,7 @@ def test_same_seed_same_metrics_other_seed_other_metrics(small, federate, name):
 
 
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name not in BYTES_VARY])
-def test_measured_bytes_are_the_formulas(small, federate, name):
+def test_measured_bytes_are_the_formulas(small, federate, name, fast):
     theta = 4 * (12 * 16 + 16 + 16 * 4 + 4)  # the MLP 12-16-4 in float32
     classes, open_size, clients = 4, 40, 4  # participation 0.7 of 6 clients: 4
     outputs, request = 4 * open_size * classes + 4 * open_size, 4 * open_size
@@ -187,7 +191,7 @@ def test_measured_bytes_are_the_formulas(small, federate, name):
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_state_goes_through_a_checkpoint(small, federate, name, tmp_path):
+def test_state_goes_through_a_checkpoint(small, federate, name, tmp_path, fast):
     from fedkd import checkpoint, plugins
 
     strategy, _ = federate(small(fast(name)))
@@ -216,7 +220,7 @@ def test_state_goes_through_a_checkpoint(small, federate, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["fedavg", "fedprox", "feddf", "fedaux", "fedgkd", "fedntd", "dsfl", "fd"])
-def test_different_models_in_one_federation(small, federate, name):
+def test_different_models_in_one_federation(small, federate, name, fast):
     scenario = small(
         fast(name),
         models__student=["mlp", "cnn", "resnet8"],

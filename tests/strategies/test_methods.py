@@ -246,3 +246,11 @@ def test_fedgkd_teacher_is_the_mean_of_the_last_m_averages(small, federate):
     for name, tensor in sent.items():
         expected = (averages[1][name].double() + averages[2][name].double()) / 2
         torch.testing.assert_close(tensor.double(), expected, atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedprox", "fedgkd", "fedntd", "dsfl", "fd"])
+def test_two_rounds_on_digits(federate, digits, name):
+    method = {"name": "dsfl", "open_size": 100, "distill_batch_size": 10} if name == "dsfl" else {"name": name}
+    _, events = federate(digits(method, models__student="mlp", run__participation=1.0))
+    last = [event for event in events if event["event"] == "round"][-1]
+    assert last["received"] == 6 and last["accuracy"] > 0.3

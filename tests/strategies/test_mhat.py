@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fedkd.client import vectorised
 from fedkd.client.exchange import JointTraining
 from fedkd.data.batches import Batch, epoch_order
 from fedkd.data.federation import build_federation
@@ -134,18 +133,6 @@ def test_a_scenario_term_applies_to_public_samples_too(small, federate):
     _, events = federate(small(QUICK, **EVERYBODY, client__terms=[term]))
     last = events[-1]["train"]
     assert last["ntd"] > 0 and last["loss"] == pytest.approx(last["ce"] + last["public"] + last["ntd"])
-
-
-def test_trainers_agree(small, federate, monkeypatch):
-    together = []
-    train = vectorised._Cohort.train
-    monkeypatch.setattr(vectorised._Cohort, "train", lambda self: together.append(len(self.tasks)) or train(self))
-    both = []
-    for trainer in ("sequential", "vectorised"):
-        strategy, _ = federate(small(QUICK, **EVERYBODY, system__trainer=trainer, system__cohort=6))
-        both.append(strategy.consensus.float())
-    torch.testing.assert_close(*both, rtol=1e-3, atol=1e-4)
-    assert together == [6, 6]
 
 
 def test_resume(small, resumes):
