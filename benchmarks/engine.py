@@ -27,6 +27,8 @@ from common import Clock, answer, this_side, told
 from common import workload as workload_of
 from harness import machine, versions
 
+from fedkd.environment import git_commit
+
 HERE = Path(__file__).resolve().parent
 SAME = 0.005
 """Accuracies that differ by no more count as equal."""
@@ -62,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
         "versions": versions(options.pfl),
+        "git_commit": git_commit(),
         "rounds": options.rounds,
         "quick": options.quick,
     }
@@ -118,7 +121,8 @@ def be_side() -> int:
 
 def w1(bench: Bench) -> None:
     for _ in range(bench.turns):
-        bench.run("W1", "flower", "replies", "sums", "apps", "bare", "pfl")
+        # Rounds of milliseconds: many of them, and after the first ones, in which processes map the object store.
+        bench.run("W1", "flower", "replies", "sums", "apps", "bare", "pfl", rounds=4 * bench.rounds, warmup=20)
     bench.compare("W1, every reply", FLOWER, "W1/replies", "W1/flower", at_least=10)
     bench.compare("W1, sums on the worker", FLOWER, "W1/sums", "W1/flower", at_least=25)
     bench.compare("W1, Flower's FedAvg on this engine", FLOWER, "W1/apps", "W1/flower")

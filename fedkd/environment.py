@@ -45,11 +45,12 @@ def environment(scenario: Scenario, workers: int, preflight: Mapping[str, Any]) 
         "trainer": scenario.system.trainer,
         "cohort": scenario.system.cohort,
         "preflight": dict(preflight),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
     }
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
+    """Return the commit that this package's files are of, if they are in a git checkout."""
     try:
         found = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, cwd=Path(__file__).parent

@@ -82,6 +82,31 @@ def test_workers_stay_and_know_their_environment(ray_grid, apps):
     assert str(Path.cwd()) in env["PYTHONPATH"].split(":")
 
 
+def test_what_messages_share_is_put_into_the_store_once(ray_grid, apps, monkeypatch):
+    put = []
+    monkeypatch.setattr(ray_grid._pool, "put", lambda value, put_=ray_grid._pool.put: put.append(value) or put_(value))
+    arrays = ArrayRecord([np.ones(3, np.float32)])
+    assert len(apps.facts(ray_grid.send_and_receive(apps.ask(ray_grid, range(20), arrays=arrays)))) == 20
+    assert [type(value) for value in put].count(ArrayRecord) + [type(value) for value in put].count(RecordDict) == 1
+
+
+def test_the_app_is_loaded_once_by_each_worker(ray_session, apps, tmp_path):
+    log, counting_app = str(tmp_path / "loads"), apps.counting_app
+
+    def logged():
+        import os
+
+        with open(log, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        return counting_app()
+
+    with RayGrid(logged, Nodes.alike(20), workers=2) as grid:
+        for _ in range(3):
+            list(grid.send_and_receive(apps.ask(grid, range(20))))
+    loads = Path(log).read_text().split()
+    assert len(loads) == len(set(loads)) <= 2
+
+
 def test_a_worker_that_dies_changes_no_bit(ray_grid, tmp_path, apps):
     marker = str(tmp_path / "died")
     inline = InlineGrid(apps.counting_app, ray_grid.nodes)

@@ -1,0 +1,140 @@
+"""The dispatcher by itself, on workers that do what the test says; nothing of Ray is started."""
+
+from concurrent.futures import Future
+from types import SimpleNamespace
+
+import pytest
+from flwr.app import Error
+from ray.exceptions import ActorDiedError, RayTaskError
+
+from fedkd.engine import pool
+from fedkd.engine.pool import Dispatcher, Job, Pieces
+
+
+class Ref:
+    """A reference to what a call returns some time."""
+
+    def __init__(self):
+        self.future_ = Future()
+
+    def future(self):
+        return self.future_
+
+
+class Actor:
+    """A worker whose calls are ended by the test."""
+
+    def __init__(self, name):
+        self.name, self.calls = name, []
+
+    def __getattr__(self, method):
+        def remote(*arguments):
+            refs = [Ref(), Ref()]
+            self.calls.append((arguments[0], refs))
+            return refs
+
+        return SimpleNamespace(options=lambda num_returns: SimpleNamespace(remote=remote))
+
+
+class FakePool:
+    """Workers that have loaded the app."""
+
+    def __init__(self, count):
+        self.actors, self.loading, self.gone = [Actor(n) for n in range(count)], {}, set()
+        self.made = count
+
+    def replace(self, place, actor):
+        if self.actors[place] is actor:
+            self.actors[place] = Actor(self.made)
+            self.made += 1
+
+
+@pytest.fixture
+def dispatch():
+    """Return a function that starts a dispatcher; it is stopped in the end."""
+    started = []
+
+    def start(workers, jobs):
+        dispatcher = Dispatcher(FakePool(workers), jobs, range(len(jobs)), float("inf"), len(jobs))
+        started.append(dispatcher)
+        dispatcher.start()
+        settle(dispatcher)
+        return dispatcher
+
+    yield start
+    for dispatcher in started:
+        dispatcher.stop()
+
+
+def settle(dispatcher):
+    """Wait until the dispatcher has dealt with everything that has happened."""
+    done = Future()
+    dispatcher._events.put(lambda: done.set_result(None))
+    done.result(10)
+    done = Future()  # what was handed out after the first event is there when the second one comes
+    dispatcher._events.put(lambda: done.set_result(None))
+    done.result(10)
+
+
+def end(dispatcher, actor, outcome="fine"):
+    """End the oldest call of a worker."""
+    name, refs = actor.calls.pop(0)
+    if isinstance(outcome, BaseException):
+        refs[0].future_.set_exception(outcome)
+    else:
+        refs[0].future_.set_result(outcome)
+    settle(dispatcher)
+    return name
+
+
+def job(name, **more):
+    return Job("run", (name,), 2, **more)
+
+
+def held(dispatcher):
+    return [[name for name, _ in actor.calls] for actor in dispatcher._pool.actors]
+
+
+def raised():
+    return RayTaskError("run", "trace", ValueError("the fold raised"))
+
+
+def test_each_worker_has_one_job_queued_ahead_but_the_last_ones_wait_for_who_is_free(dispatch):
+    dispatcher = dispatch(2, [job(n) for n in range(7)])
+    assert held(dispatcher) == [[0, 2], [1, 3]]
+    end(dispatcher, dispatcher._pool.actors[1])
+    assert held(dispatcher) == [[0, 2], [3, 4]]
+    end(dispatcher, dispatcher._pool.actors[1])
+    end(dispatcher, dispatcher._pool.actors[1])
+    assert held(dispatcher) == [[0, 2], [5]]  # 6 is nobody's yet
+    end(dispatcher, dispatcher._pool.actors[1])
+    assert held(dispatcher) == [[0, 2], [6]]
+
+
+def test_what_was_queued_on_a_dead_worker_is_not_to_blame(dispatch, monkeypatch):
+    monkeypatch.setattr(pool, "RETRIES", 1)
+    dispatcher = dispatch(1, [job("guilty"), job("innocent"), job("last")])
+    for _ in range(2):
+        assert held(dispatcher) == [["guilty", "innocent"]]
+        end(dispatcher, dispatcher._pool.actors[0], ActorDiedError())
+    error = dispatcher.wait(0)
+    assert isinstance(error, Error) and "a worker died, 2 times" in error.reason
+    assert held(dispatcher) == [["innocent"]]
+    end(dispatcher, dispatcher._pool.actors[0], "done")
+    assert dispatcher.wait(1)[0] == "done"
+
+
+@pytest.mark.parametrize("what", [ActorDiedError(), raised()], ids=["dies", "raises"])
+def test_a_job_that_cannot_be_done_as_one_is_done_in_pieces_at_once(dispatch, what, monkeypatch):
+    monkeypatch.setattr(pool, "RETRIES", 0)
+    whole = job("both", pieces=lambda: [job("first"), job("second")])
+    dispatcher = dispatch(1, [whole, job("other")])
+    end(dispatcher, dispatcher._pool.actors[0], what)
+    pieces = dispatcher.wait(0)
+    assert isinstance(pieces, Pieces) and pieces.numbers == [2, 3]
+    done = []
+    for outcome in ("fine", what, "fine"):
+        done.append(end(dispatcher, dispatcher._pool.actors[0], outcome))
+    assert sorted(done) == ["first", "other", "second"]
+    results = [dispatcher.wait(number) for number in (1, 2, 3)]
+    assert sum(isinstance(result, Error) for result in results) == 1  # one alone has failed
