@@ -84,9 +84,8 @@ class Job:
         Its arguments.
     returns : int
         How many objects it returns.
-    reads : callable
-        Which of the others the caller reads when the call has ended, given the first; the rest stay references.
-        Default: none.
+    reads : tuple of int
+        Which of the others the caller reads when the call has ended; the rest stay references. Default: none.
     repair : callable, optional
         Called when arguments were lost with the node that held them; returns arguments to try again with.
     pieces : callable, optional
@@ -97,7 +96,7 @@ class Job:
     method: str
     arguments: tuple[Any, ...]
     returns: int = 1
-    reads: Callable[[Any], Sequence[int]] = lambda first: ()
+    reads: tuple[int, ...] = ()
     repair: Callable[[], tuple[Any, ...]] | None = None
     pieces: Callable[[], list[Job]] | None = None
 
@@ -267,7 +266,7 @@ class Pool:
                     return done
                 first, refs = done
                 try:
-                    return Done(first, ray.get([refs[k] for k in dispatcher.job(number).reads(first)]), refs)
+                    return Done(first, ray.get([refs[k] for k in dispatcher.job(number).reads]), refs)
                 except RayTaskError as error:
                     return Error(ErrorCode.UNKNOWN, _cause(error))
                 except RayError as error:  # the node that held it is gone

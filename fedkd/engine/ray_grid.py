@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 AHEAD = 2
 """Results of `compute` for each worker that are made before somebody asks for them."""
 
-_FIXED = 3  # objects that `Worker.run` returns before the clients' states
 _SMALL = (int, float, str, bool, type(None))
 
 
@@ -161,6 +160,7 @@ class RayGrid(SimulationGrid):
         costs = [self._costs.of(arch, count) for arch, count in zip(archs, samples)]
         tasks = dict(enumerate(in_tasks(costs, len(self._pool.actors))))
         stateful, self._stateful = self._stateful or bool(self._states), False
+        before = 3 if fold is not None and keep else 2  # objects that a task returns before clients' states
         home = {number: (task, place) for task, numbers in tasks.items() for place, number in enumerate(numbers)}
         shared = _Shared([item.message.content for item in items], self._pool.put)
         fold_ref = None if fold is None else self._pool.put(fold)
@@ -184,15 +184,11 @@ class RayGrid(SimulationGrid):
                 self._rebuild(partitions)
                 return arguments()
 
-            def reads(receipts: list[Receipt]) -> list[int]:
-                # Where nobody expected states, they come as one object: for once they pass the driver.
-                return [1] if stateful or not _changed(receipts) else [1, _FIXED]
-
             def pieces() -> list[Job]:
                 return [job(range(number, number + 1)) for number in numbers]
 
-            returns = _FIXED + (len(partitions) if stateful else 1)
-            return Job("run", arguments(), returns, reads, repaired, pieces if len(numbers) > 1 else None)
+            returns = before + (len(partitions) if stateful else 0)
+            return Job("run", arguments(), returns, (1,), repaired, pieces if len(numbers) > 1 else None)
 
         done: dict[int, Done | Error] = {}
         left = {task: len(numbers) for task, numbers in tasks.items()}
@@ -209,7 +205,7 @@ class RayGrid(SimulationGrid):
                             home[other], tasks[piece], left[piece] = (piece, 0), range(other, other + 1), 1
                         task, place = home[number]
                     else:
-                        done[task], loose = self._taken(ended)
+                        done[task], loose = self._taken(ended, before)
                 ended = done[task]
                 left[task] -= 1
                 if not left[task]:
@@ -223,7 +219,7 @@ class RayGrid(SimulationGrid):
                 receipt: Receipt = ended.first[place]
                 replies, ended.read[place] = ended.read[place], None  # not kept longer than needed
                 self._costs.learn(archs[number], samples[number], receipt.seconds)
-                first = _FIXED + sum(len(cohorts[other]) for other in tasks[task][:place])
+                first = before + sum(len(cohorts[other]) for other in tasks[task][:place])
                 where = (ended.refs[1], (0, place)) if fold is None else (ended.refs[2], (place,)) if keep else None
                 return [
                     Outcome(
@@ -237,15 +233,15 @@ class RayGrid(SimulationGrid):
 
             yield fetch
 
-    def _taken(self, ended: Done | Error) -> tuple[Done | Error, list[tuple[int, int, Any]]]:
+    def _taken(self, ended: Done | Error, before: int) -> tuple[Done | Error, list[tuple[int, int, Any]]]:
         """Return a task, with a reference to each client's new state, and the parts that it has made."""
         if isinstance(ended, Error):
             return ended, []
-        (values, loose), *bundled = ended.read
-        self._stateful = self._stateful or _changed(ended.first)
+        values, loose, states = ended.read[0]
         refs = ended.refs
-        if bundled:
-            refs = [*refs[:_FIXED], *(self._pool.put(state) if state else None for state in bundled[0])]
+        if states is not None:  # nobody expected them: for once they have passed the driver
+            refs = [*refs[:before], *(self._pool.put(state) if state else None for state in states)]
+        self._stateful |= any(change == NEW for receipt in ended.first for change in receipt.changes)
         return ended._replace(read=values, refs=refs), loose
 
     def measure(self, cohorts: Sequence[Sequence[Message]]) -> list[Measured]:
@@ -301,11 +297,6 @@ class RayGrid(SimulationGrid):
                 self._states.pop(partition)
                 if state:
                     self._states[partition] = self._pool.put(state)
-
-
-def _changed(receipts: Sequence[Receipt]) -> bool:
-    """Whether a client has a new state."""
-    return any(change == NEW for receipt in receipts for change in receipt.changes)
 
 
 class _Shared:

@@ -208,6 +208,14 @@ class Receipt(NamedTuple):
     seconds: float
 
 
+class Yield(NamedTuple):
+    """What came of a task."""
+
+    values: list[Any]  # replies, or results of the fold, of each cohort
+    loose: list[tuple[int, int, Any]]  # parts that the fold made (see `fedkd.cohorts.Parts`)
+    states: list[RecordDict | None] | None  # new states of clients of which nobody expected any
+
+
 class Worker:
     """Body of a Ray actor: loads the app once, keeps it and whatever the app keeps, runs cohort after cohort.
 
@@ -255,9 +263,8 @@ class Worker:
         Returns
         -------
         tuple
-            Receipts; replies, or results of the fold, of each cohort, and parts that the fold made (see
-            `fedkd.cohorts.Parts`); the whole replies of each cohort, if there is a fold and they are to be kept; then
-            a state for each client, or a list of them.
+            Receipts; a `Yield`; the whole replies of each cohort, if there is a fold and they are to be kept; and a
+            state for each client, if each is to be an object of its own. Every object costs time.
         """
         self.load()
         receipts, values, kept, states = [], [], [], []
@@ -278,7 +285,9 @@ class Worker:
             states += [for_transport(a.state) if a.state else None for a in answers]
             changes = [KEPT if a.state is None else NEW if a.state else EMPTY for a in answers]
             receipts.append(Receipt(changes, time.perf_counter() - began))
-        return receipts, (values, parts.loose()), kept or None, *(states if order.apart else [states])
+        bundled = None if order.apart or not any(states) else states
+        whole = [kept] if fold is not None and order.keep else []
+        return receipts, Yield(values, parts.loose(), bundled), *whole, *(states if order.apart else [])
 
     def _cohort(
         self,
