@@ -184,6 +184,8 @@ def _side_by_side(cells: Sequence[Cell], order: _Order, jobs: int, listener: Lis
                     folder, done = said
                     scenario = cells[job.cell].scenario
                     job.listener.run_started(folder, scenario, prepare(scenario)[0], done)
+                elif what == "refused":  # bad input, of which nobody has said so before
+                    raise said[0]
                 elif what == "failed":
                     errors[job.cell] = RunError(*said)
                     give(job)
@@ -250,8 +252,10 @@ def _serve(connection: Connection, jobs: int, order: _Order) -> None:
         while (scenario := connection.recv()) is not None:
             try:
                 result = execute(scenario, **order._asdict(), listener=listener)
-            except FedKDError as error:
+            except RunError as error:
                 connection.send(("failed", str(error)))
+            except FedKDError as error:
+                connection.send(("refused", error))
             else:
                 connection.send(("finished", result))
     except (KeyboardInterrupt, EOFError, ConnectionError):

@@ -87,6 +87,14 @@ def test_a_run_whose_process_dies_is_reported_and_the_others_are_finished(small,
     assert "exit code -9" in str(failed[0][1]) and "same command" in str(failed[0][1])
 
 
+def test_a_folder_that_cannot_be_written_ends_it_with_one_error(small, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ScenarioError, match="cannot be written") as refused:
+        execute_sweep(cells_of(small, {"strategy": "fedavg"}), out=tmp_path / "file", jobs=2)
+
+    assert refused.value.key == "--out" and refused.value.hint
+
+
 def test_several_runs_at_once_need_the_inline_engine(small, tmp_path):
     with pytest.raises(ScenarioError, match="inline"):
         execute_sweep(cells_of(small, {"strategy": "fedavg"}, system__engine="ray"), out=tmp_path, jobs=2)
