@@ -59,13 +59,12 @@ class FedFTG(DistillationStrategy):
     distils_on: ClassVar[Literal["", "clients", "server", "both"]] = "server"
     server_data: ClassVar[str] = "none: a generator; the clients' label counts"
     differences: ClassVar[str] = (
-        "Disagreement is a KL in the paper, read as one with gradients through both models; in the released code "
-        "it is the mean absolute gap of logits, the client's taken as fixed. The code multiplies a batch's mean CE by "
-        "its mean α, and divides the average's loss by the number of classes. The defaults are the paper's, preset "
-        "code has all three; but the learning rates are the code's for both, so that the average's steps are C times "
-        "as long by default. Labels are drawn, where the code takes exact shares in random order. The distances of the "
-        "diversity term are the code's means per number: the paper's norms would make it vanish. Local "
-        "schedules are the scenario's."
+        "Disagreement is a KL in the paper, read as one with gradients through both models; in the released code it "
+        "is the mean absolute gap of logits, the client's taken as fixed. The code multiplies a batch's mean CE by "
+        "its mean α. The defaults are the paper's, preset code has both. The mean of the average's loss is over "
+        "samples and classes, 1/C of that over samples, as in the code, with which its learning rate was chosen. "
+        "Labels are drawn, where the code takes exact shares in random order. The distances of the diversity term are "
+        "the code's means per number: the paper's norms would make it vanish. Local schedules are the scenario's."
     )
     verified: ClassVar[str] = (
         "terms and weights by hand and in float64 NumPy; equal models disagree by 0; label draws by their frequencies; "
@@ -75,9 +74,7 @@ class FedFTG(DistillationStrategy):
         "label counts disclose more than FedAvg does; no text; BatchNorm's statistics move to the generated samples; "
         "server work grows with the number of selected clients"
     )
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "code": {"disagreement": "l1", "weighted": "means", "reduction": "mean_all"}
-    }
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"code": {"disagreement": "l1", "weighted": "means"}}
     keeps_members: ClassVar[bool] = True
     local = CountedLabels
 
@@ -97,7 +94,7 @@ class FedFTG(DistillationStrategy):
         default="samples", metadata={"help": "CE weighted sample by sample, or its mean by the mean weight"}
     )
     reduction: Literal["batchmean", "mean_all"] = field(
-        default="batchmean", metadata={"help": "mean of the average's loss over samples, or samples and classes"}
+        default="mean_all", metadata={"help": "mean of the average's loss over samples, or samples and classes"}
     )
 
     def bind(self, server: Any) -> None:
