@@ -7,7 +7,7 @@ import torch
 from fedkd.client import sequential
 from fedkd.data.federation import build_federation
 from fedkd.seeds import Purpose
-from tests.strategies.test_invariants import NEEDS, STRATEGIES, fast
+from tests.strategies.test_invariants import STRATEGIES
 
 ROUNDS = 2
 NO_LABELS = {"proxy__server_labels": 30, "proxy__labelled": True}
@@ -21,7 +21,7 @@ OTHER_BATCHES = {
 
 
 @pytest.fixture
-def observed(small, federate, monkeypatch):
+def observed(small, fast, federate, monkeypatch):
     """Return a function that runs a method and returns who was selected, and who was trained on which batches."""
 
     def run(name, **changes):
@@ -64,10 +64,10 @@ def test_the_same_clients_batches_and_initial_weights_as_fedavg(observed, name):
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_labels_for_some_methods_take_no_sample_from_others(small, name):
+def test_labels_for_some_methods_take_no_sample_from_others(small, needs, name):
     """Whether the proxy set's labels may be seen changes nothing else; the server's labels are cut for all alike."""
-    plain, needy = (build_federation(small("fedavg", **changes)) for changes in ({}, NEEDS.get(name, {})))
-    if "proxy__server_labels" in NEEDS.get(name, {}):
+    plain, needy = (build_federation(small("fedavg", **changes)) for changes in ({}, needs(name)))
+    if "proxy__server_labels" in needs(name):
         plain = build_federation(small("fedavg", proxy__server_labels=30))
     for client in range(6):
         assert np.array_equal(plain.shards[client].train, needy.shards[client].train)
