@@ -61,11 +61,12 @@ ARROWS: dict[str, set[str]] = {
     "checkpoints": WIRED,
     "run_folder": WIRED,
     "preflight": WIRED - {"run"},
+    "jobs": WIRED,
     "run": WIRED,
     "report": {"errors", "files"},
     "results": WIRED | {"report"},
     "screen": WIRED | {"report"},
-    "cli": WIRED | {"report", "results", "screen", "methods"},
+    "cli": WIRED | {"jobs", "report", "results", "screen", "methods"},
 }
 STRATEGIES = HALVES - {"flower"} | {"privacy"}
 
