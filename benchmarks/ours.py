@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from common import WORKERS, Clock, Side, Workload, make_model
 from flower import TimedFedAvg, client_app
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 
-from fedkd.arrays import BufferArray, view
+from fedkd.arrays import array_record, view
 from fedkd.engine import Nodes, RayGrid, SimulationGrid
 from fedkd.server.averaging import StateMean
 
@@ -25,7 +25,7 @@ def grid_of(load: Workload) -> RayGrid:
 
 def messages_of(grid: SimulationGrid, load: Workload, state: State) -> list[Message]:
     """Return one message with the weights for each client of a round."""
-    arrays = ArrayRecord({name: BufferArray(tensor.numpy()) for name, tensor in state.items()})
+    arrays = array_record({name: tensor.numpy() for name, tensor in state.items()})
     content = RecordDict({"arrays": arrays})
     return [grid.create_message(content, "train", grid.nodes.node_id(p), "1") for p in range(load.selected)]
 

@@ -12,15 +12,19 @@ import signal
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from fedkd.errors import FedKDError, RunError, ScenarioError
-from fedkd.run import Listener, Result, execute, prepare, shared_engine
+from fedkd.cluster import shared_engine
+from fedkd.errors import FedKDError, RunError, ScenarioError, errors_in
+from fedkd.listening import Listener, Result
+from fedkd.run import execute, prepare
+from fedkd.run_folder import folder_of, is_finished
 from fedkd.threads import cores, limit_cores
 
 if TYPE_CHECKING:
@@ -70,19 +74,16 @@ def execute_sweep(
     KeyboardInterrupt
         Ctrl-C. What was finished is kept, and the same call goes on with the rest.
     """
-    for cell in cells:
-        try:
-            if jobs > 1:
-                _check_beside(cell.scenario, jobs)
-            prepare(cell.scenario)
-        except ScenarioError as error:
-            error.file = error.file or file
-            raise
     listener = listener or Listener()
     if jobs > 1:
+        for cell in cells:
+            with errors_in(file):
+                _check_beside(cell.scenario, jobs)
+        _check(cells, file)
         return _side_by_side(cells, _Order(out, file, fresh), min(jobs, len(cells)), listener)
     finished, failed = [], []
-    with shared_engine(cells[0].scenario):
+    pending = [cell for cell in cells if fresh or not is_finished(folder_of(cell.scenario, out, fresh))]
+    with shared_engine(pending[0].scenario, meanwhile=partial(_check, cells, file)) if pending else nullcontext():
         for cell in cells:
             try:
                 result = execute(cell.scenario, out=out, file=file, fresh=fresh, listener=listener)
@@ -90,6 +91,13 @@ def execute_sweep(
             except RunError as error:
                 failed.append((cell, error))
     return finished, failed
+
+
+def _check(cells: Sequence[Cell], file: str) -> None:
+    """Check all cells, as far as possible without writing anything."""
+    for cell in cells:
+        with errors_in(file):
+            prepare(cell.scenario)
 
 
 def _check_beside(scenario: Scenario, jobs: int) -> None:

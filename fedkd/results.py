@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedkd.files import write_atomic
+from fedkd.listening import Result
 from fedkd.report import aggregate, pivot, title_of, to_markdown, write_tables
-from fedkd.run import Result
 from fedkd.run_folder import folder_of, read_metrics
 from fedkd.sweep import Cell
 

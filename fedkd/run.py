@@ -16,17 +16,13 @@ import json
 import logging
 import os
 import re
-import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any
 
 import torch
 from flwr.app import RecordDict
@@ -35,18 +31,21 @@ from fedkd import plugins
 from fedkd.checkpoints import Checkpoints, restore
 from fedkd.checks import check, check_data
 from fedkd.client.handlers import make_app
+from fedkd.cluster import shared_engine
 from fedkd.data.federation import Federation, build_federation
 from fedkd.data.local import find_file
 from fedkd.engine import InlineGrid, Nodes, RayGrid
 from fedkd.engine.grid import SimulationGrid
 from fedkd.engine.placement import PER_GPU
 from fedkd.environment import environment
-from fedkd.errors import FedKDError, LostError, RunError, ScenarioError
+from fedkd.errors import FedKDError, LostError, RunError, ScenarioError, errors_in
 from fedkd.files import write_atomic
+from fedkd.listening import Listener, Result
 from fedkd.preflight import Report, preflight
 from fedkd.run_folder import (
     drop_partial_line,
     folder_of,
+    is_finished,
     locked,
     read_metrics,
     write_model,
@@ -57,8 +56,6 @@ from fedkd.server.runtime import LIVE_ONLY, Event, ServerRuntime
 from fedkd.server.strategy import DistillationStrategy
 from fedkd.students import keep_freed_memory
 from fedkd.threads import cores
-
-T = TypeVar("T")
 
 LOSSES = 3  # how often a run goes on from the same checkpoint after something was lost with a node
 ACCURACY_AFTER = (10, 50, 100)  # rounds at which summaries quote the accuracy
@@ -76,61 +73,6 @@ class RunInterrupted(KeyboardInterrupt):
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder))
         self.folder = folder
-
-
-class Listener:
-    """Hears what happens during runs; the command line draws tables and progress bars from it."""
-
-    def run_started(self, folder: Path, scenario: Scenario, federation: Federation, done: int) -> None:
-        """A run of a scenario, as it was asked for, begins or goes on after `done` rounds."""
-
-    def preflight(self, report: Report) -> None:
-        """What clients take was measured, and where and how they are computed is decided."""
-
-    def event(self, event: Event) -> None:
-        """Something happened: ``started``, ``reply``, ``refused``, ``round``."""
-
-    def run_ended(self, result: Result) -> None:
-        """A run is finished, or was before."""
-
-    def beside(self) -> Self:
-        """Return what hears of one of several runs at once; this one, if it keeps nothing of a run."""
-        return self
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished run.
-
-    Parameters
-    ----------
-    folder : Path
-        Where its files are.
-    summary : dict
-        Contents of ``summary.json``.
-    skipped : bool
-        Whether it had been finished before and nothing was computed.
-    """
-
-    folder: Path
-    summary: dict[str, Any] = field(repr=False)
-    skipped: bool = False
-
-    def row(self, values: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return the row that tables are made of (see `fedkd.report.tables`)."""
-        keys = ("label", "seed", "whose", "best", "final", "accuracy_after", "ensemble", "agreement")
-        row = {key: self.summary[key] for key in keys if self.summary.get(key) is not None}
-        for name, predictor in (("clients", "clients"), ("own", "clients-local")):
-            scored = self.summary["predictors"].get(predictor) or {}
-            for metric, key in (("accuracy", "accuracy"), ("worst_accuracy", "worst_decile")):
-                if scored.get(key) is not None:
-                    row[f"{name}_{metric}"] = scored[key]
-        row["bytes_up"] = sum(self.summary["bytes_up"].values())
-        row["bytes_down"] = sum(self.summary["bytes_down"].values())
-        for key in ("simulated_seconds", "seconds"):
-            if self.summary.get(key) is not None:
-                row[key] = self.summary[key]
-        return {**row, "values": dict(values or {})}
 
 
 def prepare(scenario: Scenario) -> tuple[Federation, DistillationStrategy]:
@@ -187,7 +129,7 @@ def execute(
     """
     listener = listener or Listener()
     folder = folder_of(scenario, out, fresh)
-    try:
+    with errors_in(file):
         check(scenario)
         if (result := _finished(folder, listener)) is not None:
             return result
@@ -198,9 +140,6 @@ def execute(
                 problem = f"results cannot be written to {folder}: {error.strerror}"
                 raise ScenarioError(problem, key="--out", hint="name another folder with --out") from error
             return _run(folder, scenario, federation, strategy, listener)
-    except ScenarioError as error:
-        error.file = error.file or file
-        raise
 
 
 def resume(folder: Path, *, listener: Listener | None = None) -> Result:
@@ -231,44 +170,6 @@ def resume(folder: Path, *, listener: Listener | None = None) -> Result:
     scenario = load(str(path)).scenario
     with shared_engine(scenario, meanwhile=partial(prepare, scenario)) as (federation, strategy):
         return _run(folder, scenario, federation, strategy, listener)
-
-
-@contextmanager
-def shared_engine(scenario: Scenario, meanwhile: Callable[[], T] = lambda: None) -> Iterator[T]:
-    """Keep one Ray for several runs: starting it takes seconds.
-
-    Parameters
-    ----------
-    scenario : Scenario
-        Says whether Ray is wanted.
-    meanwhile : callable
-        Something to do while Ray starts; the context's value is what it returns.
-    """
-    if scenario.system.engine == "inline":
-        yield meanwhile()
-        return
-    import ray
-
-    from fedkd.engine.pool import start_ray
-
-    if ray.is_initialized():
-        yield meanwhile()
-        return
-    done: Future[T] = Future()
-    # Ray has to be started by the main thread, which hears Ctrl-C.
-    threading.Thread(target=_fill, args=(done, meanwhile), name="fedkd-prepare", daemon=True).start()
-    try:
-        start_ray(scenario.system.address, scenario.system.workers)
-        yield done.result()
-    finally:  # also of a start that Ctrl-C has interrupted
-        ray.shutdown()
-
-
-def _fill(future: Future[T], function: Callable[[], T]) -> None:
-    try:
-        future.set_result(function())
-    except BaseException as error:  # raised where the result is asked for
-        future.set_exception(error)
 
 
 def resolve(scenario: Scenario) -> Scenario:
@@ -345,7 +246,7 @@ def _gpus(scenario: Scenario) -> int:
 
 
 def _finished(folder: Path, listener: Listener) -> Result | None:
-    if not (folder / "summary.json").exists():
+    if not is_finished(folder):
         return None
     result = Result(folder, json.loads((folder / "summary.json").read_text()), skipped=True)
     listener.run_ended(result)

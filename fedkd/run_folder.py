@@ -30,6 +30,11 @@ def folder_of(scenario: Scenario, out: Path, fresh: bool) -> Path:
     return folder
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether the run of a folder came to its end."""
+    return (folder / "summary.json").exists()
+
+
 def read_metrics(folder: Path) -> list[Event]:
     """Return the events of a run's ``metrics.jsonl``, without those that an interruption made void.
 

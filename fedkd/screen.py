@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fedkd.listening import Listener, Result
 from fedkd.report import ROUNDS, console_table, learning_curves, partition_table, write_tables
-from fedkd.run import Listener, Result
 from fedkd.scenario import Scenario
 
 if TYPE_CHECKING:

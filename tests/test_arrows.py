@@ -13,6 +13,8 @@ FLOOR = {"errors", "seeds", "files", "threads", "wording", "arrays", "cohorts", 
 BASE = FLOOR | {"codecs", "scenario", "options", "payloads", "plugins", "models", "losses", "data"}
 HALVES = BASE | {"students", "flower", "client", "server"}
 WIRED = HALVES | {
+    "cluster",
+    "listening",
     "scenario_file",
     "sweep",
     "engine",
@@ -45,6 +47,8 @@ ARROWS: dict[str, set[str]] = {
     "options": FLOOR,
     "plugins": FLOOR | {"scenario", "options"},
     "methods": FLOOR | {"plugins"},
+    "cluster": {"errors", "threads", "scenario"},
+    "listening": HALVES | {"preflight"},
     "models": BASE,
     "losses": BASE,
     "data": BASE,
@@ -54,7 +58,15 @@ ARROWS: dict[str, set[str]] = {
     "client": HALVES - {"server"},
     "server": HALVES | {"engine"},  # a strategy names the client half it goes with
     "privacy": HALVES,
-    "engine": {"errors", "seeds", "threads", "arrays", "cohorts", "meeting"},  # Flower and Ray, nothing of distillation
+    "engine": {
+        "errors",
+        "seeds",
+        "threads",
+        "arrays",
+        "cohorts",
+        "meeting",
+        "cluster",
+    },  # Flower and Ray, nothing of distillation
     "checkpoint": FLOOR | {"payloads"},
     "environment": BASE | {"students"},
     "checks": HALVES | {"engine"},

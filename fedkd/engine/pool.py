@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import queue
-import sys
 import threading
 import time
 from collections import Counter, deque
@@ -31,10 +29,10 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from fedkd.cluster import runtime_env, start_ray
 from fedkd.engine.machines import machines
 from fedkd.engine.worker import TOO_LATE, Worker, describe
 from fedkd.errors import RunError
-from fedkd.threads import cores
 
 log = logging.getLogger(__name__)
 
@@ -51,25 +49,6 @@ LOST = ErrorCode.NODE_UNAVAILABLE
 """Code of the error of a job that cannot be done because an argument was lost with its node."""
 
 DEATHS = (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError)
-
-
-def worker_env() -> dict[str, str]:
-    """Return the environment of a worker process.
-
-    Modules resolve as in the driver; the working folder comes last, so it shadows nothing.
-    """
-    path = [os.path.abspath(entry) for entry in sys.path if entry]
-    return {
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys([*path, os.getcwd()])),
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-        # By default glibc returns large blocks to the system at every free, and page faults then dominate
-        # small convolutions. 32 MiB is the largest threshold that it accepts.
-        "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-        "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
-        "FLWR_TELEMETRY_ENABLED": os.environ.get("FLWR_TELEMETRY_ENABLED", "0"),
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +131,7 @@ class Pool:
                 num_cpus=1,
                 num_gpus=gpus_per_worker,
                 memory=worker_bytes or None,
-                runtime_env={"env_vars": worker_env()},
+                runtime_env=runtime_env(),
             )
             self._has_gpus = gpus_per_worker > 0
             self._parts = [ray.put(part) for part in parts]
@@ -525,32 +504,6 @@ class Dispatcher(threading.Thread):
         with self._changed:
             self._crash = error
             self._changed.notify_all()
-
-
-def start_ray(address: str, workers: int) -> None:
-    """Start Ray on this machine, or join a cluster.
-
-    Parameters
-    ----------
-    address : str
-        Cluster to join; empty starts one here.
-    workers : int
-        CPUs that a new Ray must have at least.
-
-    Raises
-    ------
-    RunError
-        Ray cannot be started or joined.
-    """
-    settings: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.ERROR}
-    if not address:  # "local" keeps RAY_ADDRESS from choosing a cluster that nobody asked for
-        settings |= {"address": "local", "num_cpus": max(workers, cores())}
-    else:
-        settings |= {"address": address}
-    try:
-        ray.init(**settings)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise RunError(f"Ray cannot be {'joined at ' + address if address else 'started'}: {error}") from error
 
 
 def _check_room(workers: int, gpus_per_worker: float) -> None:

@@ -1,0 +1,141 @@
+"""Ray: started here or joined, while something else is done; and the environment of its workers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fedkd.errors import RunError
+from fedkd.threads import cores
+
+if TYPE_CHECKING:
+    from fedkd.scenario import Scenario
+
+T = TypeVar("T")
+
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+_started: tuple[str, dict[str, str]] = "", {}  # address of the Ray that was started here, and what its workers find
+
+
+@contextmanager
+def shared_engine(scenario: Scenario, meanwhile: Callable[[], T] = lambda: None) -> Iterator[T]:
+    """Keep one Ray for several runs: starting it takes seconds.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        Says whether Ray is wanted.
+    meanwhile : callable
+        Something to do while Ray starts; the context's value is what it returns.
+    """
+    if scenario.system.engine == "inline":
+        yield meanwhile()
+        return
+    import ray
+
+    if ray.is_initialized():
+        yield meanwhile()
+        return
+    done: Future[T] = Future()
+    # Ray has to be started by the main thread, which hears Ctrl-C.
+    threading.Thread(target=_fill, args=(done, meanwhile), name="fedkd-prepare", daemon=True).start()
+    try:
+        start_ray(scenario.system.address, scenario.system.workers)
+        yield done.result()
+    finally:  # also of a start that Ctrl-C has interrupted
+        ray.shutdown()
+
+
+def _fill(future: Future[T], function: Callable[[], T]) -> None:
+    try:
+        future.set_result(function())
+    except BaseException as error:  # raised where the result is asked for
+        future.set_exception(error)
+
+
+def worker_env() -> dict[str, str]:
+    """Return the environment of a worker process.
+
+    Modules resolve as in the driver; the working folder comes last, so it shadows nothing.
+    """
+    path = [os.path.abspath(entry) for entry in sys.path if entry]
+    return {
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys([*path, os.getcwd()])),
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        # By default glibc returns large blocks to the system at every free, and page faults then dominate
+        # small convolutions. 32 MiB is the largest threshold that it accepts.
+        "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+        "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+        "FLWR_TELEMETRY_ENABLED": os.environ.get("FLWR_TELEMETRY_ENABLED", "0"),
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+
+
+def start_ray(address: str, workers: int) -> None:
+    """Start Ray on this machine, or join a cluster.
+
+    Parameters
+    ----------
+    address : str
+        Cluster to join; empty starts one here.
+    workers : int
+        CPUs that a new Ray must have at least.
+
+    Raises
+    ------
+    RunError
+        Ray cannot be started or joined.
+    """
+    import ray
+
+    global _started
+    settings: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.ERROR}
+    if not address:  # "local" keeps RAY_ADDRESS from choosing a cluster that nobody asked for
+        settings |= {"address": "local", "num_cpus": max(workers, cores())}
+    else:
+        settings |= {"address": address}
+    env = {} if address else worker_env()
+    try:
+        # Ray sees to the threads of a worker itself; here, libraries that are being imported would read these.
+        with _environment({name: value for name, value in env.items() if name not in THREADS}):
+            ray.init(**settings)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise RunError(f"Ray cannot be {'joined at ' + address if address else 'started'}: {error}") from error
+    _started = ray.get_runtime_context().gcs_address, env
+
+
+def runtime_env() -> dict[str, Any] | None:
+    """Return what Ray has to give workers; None if all of its processes were started with it.
+
+    Ray then takes the processes that it starts beforehand, instead of starting others when they are needed.
+    """
+    import ray
+
+    env, (address, there) = worker_env(), _started
+    unlike = any(os.environ.get(name, "1") != "1" for name in THREADS)  # Ray leaves alone what somebody has set
+    if env == there and address == ray.get_runtime_context().gcs_address and not unlike:
+        return None
+    return {"env_vars": env}
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Let processes that are started meanwhile find these variables."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,65 @@
+"""Ray is started with what workers need, and only where there is something to run."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import ray
+
+from fedkd import cluster
+from fedkd.cluster import runtime_env, worker_env
+from fedkd.jobs import execute_sweep
+from fedkd.run_folder import folder_of
+from fedkd.sweep import Cell
+
+STARTED = """
+import os, ray
+from fedkd.cluster import runtime_env, shared_engine, worker_env
+from fedkd.scenario import Scenario
+
+class Worker:
+    def look(self):
+        import torch
+        return dict(os.environ), torch.get_num_threads()
+
+scenario = Scenario.model_validate({{"name": "t", "strategy": {{"name": "fedavg"}}, "system": {{"workers": 1}}}})
+before = [os.environ.get(name) for name in worker_env()]
+with shared_engine(scenario, meanwhile=lambda: "done") as value:
+    assert value == "done" and [os.environ.get(name) for name in worker_env()] == before
+    assert (runtime_env() is None) == {shortcut}
+    found, threads = ray.get(ray.remote(Worker).options(num_cpus=1, runtime_env=runtime_env()).remote().look.remote())
+    wrong = {{name: (value, found.get(name)) for name, value in worker_env().items() if found.get(name) != value}}
+    wrong.pop("MKL_NUM_THREADS", None)  # which follows the other where it is not set
+    assert not wrong and threads == 1, (wrong, threads)
+assert not ray.is_initialized()
+"""
+
+
+def workers_find_what_they_need(shortcut, **env):
+    script = STARTED.format(shortcut=shortcut)
+    kept = {name: value for name, value in os.environ.items() if name not in cluster.THREADS}
+    done = subprocess.run([sys.executable, "-c", script], env=kept | env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_workers_of_a_ray_that_is_started_here_find_their_environment_without_being_given_it():
+    workers_find_what_they_need(True)
+
+
+def test_workers_get_one_thread_whatever_the_user_set():
+    workers_find_what_they_need(False, OMP_NUM_THREADS="2")
+
+
+def test_workers_of_a_ray_that_somebody_else_started_are_given_their_environment(ray_session):
+    assert runtime_env() == {"env_vars": worker_env()}
+
+
+def test_ray_is_not_started_for_runs_that_are_finished(small, tmp_path, monkeypatch):
+    inline, on_ray = small(system__engine="inline"), small(system__engine="ray")
+    execute_sweep([Cell("one", {}, inline)], out=tmp_path)
+    assert folder_of(inline, tmp_path, False) == folder_of(on_ray, tmp_path, False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster, "start_ray", lambda *_: pytest.fail("Ray was started"))
+    [(_, result)], failed = execute_sweep([Cell("one", {}, on_ray)], out=tmp_path)
+    assert result.skipped and not failed
