@@ -21,7 +21,8 @@ from fedkd.engine.worker import KEPT, NEW, AppFactory, Cohort, Fold, Order, Rece
 from fedkd.errors import LostError, RunError
 
 if TYPE_CHECKING:
-    from fedkd.engine.pool import Done, Pool
+    from fedkd.engine.dispatcher import Done
+    from fedkd.engine.pool import Pool
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ class RayGrid(SimulationGrid):
 
     def compute(self, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         """Call the function on the workers, see `SimulationGrid.compute`."""
-        from fedkd.engine.pool import LOST, Done, Job
+        from fedkd.engine.dispatcher import LOST, Done, Job
 
         jobs = list(jobs)
         uses = Counter(id(argument) for job in jobs for argument in job)
@@ -153,7 +154,7 @@ class RayGrid(SimulationGrid):
     def _running(
         self, items: list[Item], cohorts: list[list[int]], deadline: float | None, fold: Fold | None, keep: bool
     ) -> Iterator[Fetch]:
-        from fedkd.engine.pool import Job, Pieces
+        from fedkd.engine.dispatcher import Job, Pieces
 
         archs = [self.nodes.archs[self.nodes.index(items[cohort[0]].partition)] for cohort in cohorts]
         samples = [self._samples(items[position].partition for position in cohort) for cohort in cohorts]
@@ -246,7 +247,7 @@ class RayGrid(SimulationGrid):
 
     def measure(self, cohorts: Sequence[Sequence[Message]]) -> list[Measured]:
         """Run cohorts on one of the workers, see `SimulationGrid.measure`."""
-        from fedkd.engine.pool import Done, Job
+        from fedkd.engine.dispatcher import Done, Job
 
         contents = [message.content for messages in cohorts for message in messages]
         shared, objects, bundles = _Shared(contents, self._pool.put), [], []

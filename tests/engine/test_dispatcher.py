@@ -7,8 +7,8 @@ import pytest
 from flwr.app import Error
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from fedkd.engine import pool
-from fedkd.engine.pool import Dispatcher, Job, Pieces
+from fedkd.engine import dispatcher as module
+from fedkd.engine.dispatcher import Dispatcher, Job, Pieces
 
 
 class Ref:
@@ -112,7 +112,7 @@ def test_each_worker_has_one_job_queued_ahead_but_the_last_ones_wait_for_who_is_
 
 
 def test_what_was_queued_on_a_dead_worker_is_not_to_blame(dispatch, monkeypatch):
-    monkeypatch.setattr(pool, "RETRIES", 1)
+    monkeypatch.setattr(module, "RETRIES", 1)
     dispatcher = dispatch(1, [job("guilty"), job("innocent"), job("last")])
     for _ in range(2):
         assert held(dispatcher) == [["guilty", "innocent"]]
@@ -126,7 +126,7 @@ def test_what_was_queued_on_a_dead_worker_is_not_to_blame(dispatch, monkeypatch)
 
 @pytest.mark.parametrize("what", [ActorDiedError(), raised()], ids=["dies", "raises"])
 def test_a_job_that_cannot_be_done_as_one_is_done_in_pieces_at_once(dispatch, what, monkeypatch):
-    monkeypatch.setattr(pool, "RETRIES", 0)
+    monkeypatch.setattr(module, "RETRIES", 0)
     whole = job("both", pieces=lambda: [job("first"), job("second")])
     dispatcher = dispatch(1, [whole, job("other")])
     end(dispatcher, dispatcher._pool.actors[0], what)

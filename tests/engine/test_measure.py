@@ -45,9 +45,9 @@ def test_machines_and_workers(grid):
 
 
 def test_a_client_that_kills_its_worker_is_an_error(ray_session, apps, tmp_path, monkeypatch):
-    from fedkd.engine import pool
+    from fedkd.engine import dispatcher
 
-    monkeypatch.setattr(pool, "RETRIES", 0)
+    monkeypatch.setattr(dispatcher, "RETRIES", 0)
     with RayGrid(apps.counting_app, Nodes.alike(3), workers=1) as grid:
         with pytest.raises(RunError, match="worker died"):
             grid.measure([apps.ask(grid, [1], die=1, marker=str(tmp_path / "died"), always=True)])
