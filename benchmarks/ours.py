@@ -13,6 +13,7 @@ from flwr.app import Message, RecordDict
 from fedkd.arrays import array_record, view
 from fedkd.engine import Nodes, RayGrid, SimulationGrid
 from fedkd.server.averaging import StateMean
+from fedkd.students import keep_freed_memory
 
 State = dict[str, torch.Tensor]
 
@@ -20,6 +21,7 @@ State = dict[str, torch.Tensor]
 def grid_of(load: Workload) -> RayGrid:
     """Return the engine over the clients of a workload, with the plain Flower app."""
     torch.set_num_threads(1)  # the workers have the cores; a second thread here would spin on one of them
+    keep_freed_memory()  # as a run does
     return RayGrid(lambda: client_app(load), Nodes.alike(load.clients), workers=WORKERS)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from flwr.app import Error
 from flwr.common.constant import ErrorCode
+from ray import cloudpickle
 from ray.exceptions import RayError, RayTaskError
 
 from fedkd.cluster import runtime_env, start_ray
@@ -24,6 +25,9 @@ from fedkd.engine.worker import Worker
 from fedkd.errors import RunError
 
 log = logging.getLogger(__name__)
+
+SMALL = 64 << 10
+"""Bytes up to which an argument of several jobs is sent along with each of them: an object of its own takes longer."""
 
 PATIENCE = 60.0
 """Seconds without all workers after which the user is told that the grid waits for Ray."""
@@ -88,6 +92,11 @@ class Pool:
     def put(self, value: Any) -> Any:
         """Put one object into the store and return its reference."""
         return ray.put(value)
+
+    def packed(self, value: Any) -> Any:
+        """Return a value as an argument of many jobs: pickled, to be sent along with each, if it is small, else put."""
+        pickled = cloudpickle.dumps(value)  # pyright: ignore[reportPrivateImportUsage]
+        return pickled if len(pickled) <= SMALL else ray.put(value)
 
     def is_lost(self, ref: Any) -> bool:
         """Whether an object is gone with the node that held it."""

@@ -17,7 +17,19 @@ from fedkd.engine.grid import STORED, Fetch, Item, Outcome, SimulationGrid
 from fedkd.engine.measure import Measured
 from fedkd.engine.nodes import Nodes
 from fedkd.engine.placement import Node
-from fedkd.engine.worker import KEPT, NEW, AppFactory, Cohort, Fold, Order, Receipt, Record, Stored, for_transport
+from fedkd.engine.worker import (
+    KEPT,
+    NEW,
+    AppFactory,
+    Cohort,
+    Fold,
+    Order,
+    Receipt,
+    Record,
+    Stored,
+    Yield,
+    for_transport,
+)
 from fedkd.errors import LostError, RunError
 
 if TYPE_CHECKING:
@@ -161,10 +173,11 @@ class RayGrid(SimulationGrid):
         costs = [self._costs.of(arch, count) for arch, count in zip(archs, samples)]
         tasks = dict(enumerate(in_tasks(costs, len(self._pool.actors))))
         stateful, self._stateful = self._stateful or bool(self._states), False
-        before = 3 if fold is not None and keep else 2  # objects that a task returns before clients' states
+        wholes = fold is None or keep  # whether whole replies are an object of their own
+        before = 1 + wholes  # objects that a task returns before clients' states
         home = {number: (task, place) for task, numbers in tasks.items() for place, number in enumerate(numbers)}
         shared = _Shared([item.message.content for item in items], self._pool.put)
-        fold_ref = None if fold is None else self._pool.put(fold)
+        packed = None if fold is None else self._pool.packed(fold)
 
         def job(numbers: range) -> Job:
             objects: list[Any] = []
@@ -179,7 +192,7 @@ class RayGrid(SimulationGrid):
 
             def arguments() -> tuple[Any, ...]:
                 states = [self._states.get(p) for p in partitions] if self._states else []
-                return (bundles, order, fold_ref, *objects, *states)
+                return (bundles, order, packed, *objects, *states)
 
             def repaired() -> tuple[Any, ...]:
                 self._rebuild(partitions)
@@ -188,8 +201,8 @@ class RayGrid(SimulationGrid):
             def pieces() -> list[Job]:
                 return [job(range(number, number + 1)) for number in numbers]
 
-            returns = before + (len(partitions) if stateful else 0)
-            return Job("run", arguments(), returns, (1,), repaired, pieces if len(numbers) > 1 else None)
+            returns, reads = before + (len(partitions) if stateful else 0), () if fold is not None else (1,)
+            return Job("run", arguments(), returns, reads, repaired, pieces if len(numbers) > 1 else None)
 
         done: dict[int, Done | Error] = {}
         left = {task: len(numbers) for task, numbers in tasks.items()}
@@ -217,17 +230,17 @@ class RayGrid(SimulationGrid):
                         Outcome(ended if fold is not None else Message(ended, reply_to=message), KEPT)
                         for message in failed
                     ], loose
-                receipt: Receipt = ended.first[place]
-                replies, ended.read[place] = ended.read[place], None  # not kept longer than needed
+                receipt: Receipt = ended.first.receipts[place]
+                each = ended.first.results if fold is not None else ended.read[0]
+                replies, each[place] = each[place], None  # not kept longer than needed
                 self._costs.learn(archs[number], samples[number], receipt.seconds)
                 first = before + sum(len(cohorts[other]) for other in tasks[task][:place])
-                where = (ended.refs[1], (0, place)) if fold is None else (ended.refs[2], (place,)) if keep else None
                 return [
                     Outcome(
                         reply,
                         change,
                         ended.refs[first + k] if change == NEW else None,
-                        None if where is None else (where[0], (*where[1], k)),
+                        (ended.refs[1], (place, k)) if wholes else None,
                     )
                     for k, (reply, change) in enumerate(zip(replies, receipt.changes))
                 ], loose
@@ -238,12 +251,12 @@ class RayGrid(SimulationGrid):
         """Return a task, with a reference to each client's new state, and the parts that it has made."""
         if isinstance(ended, Error):
             return ended, []
-        values, loose, states = ended.read[0]
+        done: Yield = ended.first
         refs = ended.refs
-        if states is not None:  # nobody expected them: for once they have passed the driver
-            refs = [*refs[:before], *(self._pool.put(state) if state else None for state in states)]
-        self._stateful |= any(change == NEW for receipt in ended.first for change in receipt.changes)
-        return ended._replace(read=values, refs=refs), loose
+        if done.states is not None:  # nobody expected them: for once they have passed the driver
+            refs = [*refs[:before], *(self._pool.put(state) if state else None for state in done.states)]
+        self._stateful |= any(change == NEW for receipt in done.receipts for change in receipt.changes)
+        return ended._replace(refs=refs), done.loose
 
     def measure(self, cohorts: Sequence[Sequence[Message]]) -> list[Measured]:
         """Run cohorts on one of the workers, see `SimulationGrid.measure`."""

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -211,7 +212,10 @@ class Receipt(NamedTuple):
 class Yield(NamedTuple):
     """What came of a task."""
 
-    values: list[Any]  # replies, or results of the fold, of each cohort
+    receipts: list[Receipt]
+    results: (
+        list[list[Any]] | None
+    )  # of the fold, for each cohort; None: whole replies are wanted, an object of their own
     loose: list[tuple[int, int, Any]]  # parts that the fold made (see `fedkd.cohorts.Parts`)
     states: list[RecordDict | None] | None  # new states of clients of which nobody expected any
 
@@ -245,7 +249,7 @@ class Worker:
         self._parts = app_factory, *self._parts[1:]
         self._runner = None
 
-    def run(self, cohorts: list[Cohort], order: Order, fold: Fold | None, *objects: Any) -> tuple[Any, ...]:
+    def run(self, cohorts: list[Cohort], order: Order, packed: Fold | bytes | None, *objects: Any) -> Any:
         """Run cohorts, one after the other.
 
         Parameters
@@ -254,55 +258,51 @@ class Worker:
             Messages and partition ids.
         order : Order
             What to do with them.
-        fold : callable, optional
-            Makes slim replies and a partial result of a cohort's replies (see `SimulationGrid.send_and_fold`).
+        packed : callable or bytes, optional
+            Makes slim replies and a partial result of a cohort's replies (see `SimulationGrid.send_and_fold`); pickled,
+            if it is small.
         objects
             Shared contents and records, then one RecordDict or None for each client. Ray resolves references here,
             because they are arguments of their own.
 
         Returns
         -------
-        tuple
-            Receipts; a `Yield`; the whole replies of each cohort, if there is a fold and they are to be kept; and a
-            state for each client, if each is to be an object of its own. Every object costs time.
+        Yield or tuple
+            A `Yield`; the whole replies of each cohort, unless there is a fold and they are not to be kept; and a state
+            for each client, if each is to be an object of its own. Every object costs time.
         """
         self.load()
-        receipts, values, kept, states = [], [], [], []
+        fold: Fold | None = pickle.loads(packed) if isinstance(packed, bytes) else packed
+        receipts, results, wholes, states = [], [], [], []
         parts = Parts(fold.merge if fold is not None else _no_merge)
         at = order.shared
         for cohort in cohorts:
             began = time.perf_counter()
             until = at + len(cohort.partitions)
             before = objects[at:until] or [None] * len(cohort.partitions)
-            answers, value, part = self._cohort(cohort, order, fold, objects, before)
             at = until
-            values.append(value)
+            answers = self._answers(cohort, order, objects, before)
+            replies = [answer.reply for answer in answers]
             if fold is not None:
+                result, part = folded(fold, cohort.partitions, replies)
+                results.append(result)
                 with one_thread():
                     parts.add(cohort.number, part)
-            if fold is not None and order.keep:
-                kept.append([_ready(answer.reply) for answer in answers])
+            if fold is None or order.keep:
+                wholes.append([_ready(reply) for reply in replies])
             states += [for_transport(a.state) if a.state else None for a in answers]
             changes = [KEPT if a.state is None else NEW if a.state else EMPTY for a in answers]
             receipts.append(Receipt(changes, time.perf_counter() - began))
         bundled = None if order.apart or not any(states) else states
-        whole = [kept] if fold is not None and order.keep else []
-        return receipts, Yield(values, parts.loose(), bundled), *whole, *(states if order.apart else [])
+        done = Yield(receipts, None if fold is None else results, parts.loose(), bundled)
+        more = [*([wholes] if fold is None or order.keep else []), *(states if order.apart else [])]
+        return (done, *more) if more else done
 
-    def _cohort(
-        self,
-        cohort: Cohort,
-        order: Order,
-        fold: Fold | None,
-        objects: Sequence[Any],
-        states: Sequence[RecordDict | None],
-    ) -> tuple[list[Answer], list[Any], Any]:
+    def _answers(
+        self, cohort: Cohort, order: Order, objects: Sequence[Any], states: Sequence[RecordDict | None]
+    ) -> list[Answer]:
         assert self._runner is not None
-        answers = self._runner.run(_messages(cohort, objects), cohort.partitions, states, order.deadline)
-        replies = [answer.reply for answer in answers]
-        if fold is None:
-            return answers, [_ready(reply) for reply in replies], None
-        return answers, *folded(fold, cohort.partitions, replies)
+        return self._runner.run(_messages(cohort, objects), cohort.partitions, states, order.deadline)
 
     def measure(self, cohorts: Sequence[Cohort], *objects: Any) -> list[Measured]:
         """Run cohorts for the sake of measuring, see `SimulationGrid.measure`; objects as in `run`."""

@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp.strategy import FedAvg
 
-from fedkd.engine import InlineGrid, Nodes, RayGrid, pool
+from fedkd.engine import InlineGrid, Nodes, RayGrid, dispatcher, pool
 from fedkd.errors import RunError
 
 
@@ -124,7 +124,7 @@ def test_a_worker_that_dies_changes_no_bit(ray_grid, tmp_path, apps):
 
 
 def test_a_client_that_always_kills_its_worker_ends_as_an_error(ray_grid, tmp_path, apps, monkeypatch):
-    monkeypatch.setattr(pool, "RETRIES", 1)
+    monkeypatch.setattr(dispatcher, "RETRIES", 1)
     for _ in range(3):  # cohorts have been measured, and are so short that a task holds several
         list(ray_grid.send_and_receive(apps.ask(ray_grid, range(20))))
     before = ray_grid.state_dict()
@@ -249,3 +249,15 @@ def test_grid_starts_ray_finds_plugins_and_stops_ray(tmp_path):
         timeout=120,
     )
     assert done.stdout.strip() == "done", done.stderr
+
+
+@pytest.mark.parametrize("ttl", [None, 5.0])
+def test_messages_are_those_that_flower_itself_makes(ttl):
+    with InlineGrid(ClientApp, Nodes.alike(3)) as grid:
+        content, node = RecordDict(), grid.nodes.node_id(1)
+        ours = grid.create_message(content, "train", node, "7", ttl)
+        theirs = Message(content, node, "train", group_id="7", ttl=ttl)
+    mine, flowers = ({**vars(each.metadata), "_created_at": 0.0} for each in (ours, theirs))
+    assert mine == flowers
+    assert ours.content is theirs.content
+    assert abs(ours.metadata.created_at - theirs.metadata.created_at) < 5
