@@ -61,7 +61,10 @@ class Checkpoints:
             except (OSError, ValueError, KeyError, SafetensorError) as error:
                 logging.getLogger("fedkd").warning("checkpoint %s cannot be read (%s)", path.name, error)
         if found:
-            raise RunError(f"no checkpoint in {self.root} can be read\n  start anew with: fedkd run … --fresh")
+            raise RunError(
+                f"no checkpoint in {self.root} can be read; another version of fedkd may have written them\n"
+                f"  to begin this run anew, remove {self.root.parent}"
+            )
         return None
 
     def state_of(self, partition_id: int) -> tuple[int, RecordDict | None]:
