@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
-_started: tuple[str, dict[str, str]] = "", {}  # address of the Ray that was started here, and what its workers find
+_started: tuple[str, dict[str, str]] = "", {}  # address of the Ray that is here, and what its processes were given
 
 
 @contextmanager
@@ -103,13 +103,14 @@ def start_ray(address: str, workers: int) -> None:
     else:
         settings |= {"address": address}
     env = {} if address else worker_env()
+    alike = all(os.environ.get(name, "1") == "1" for name in THREADS)  # Ray leaves alone what somebody has set
     try:
         # Ray sees to the threads of a worker itself; here, libraries that are being imported would read these.
         with _environment({name: value for name, value in env.items() if name not in THREADS}):
             ray.init(**settings)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise RunError(f"Ray cannot be {'joined at ' + address if address else 'started'}: {error}") from error
-    _started = ray.get_runtime_context().gcs_address, env
+    _started = ray.get_runtime_context().gcs_address, env if alike else {}
 
 
 def runtime_env() -> dict[str, Any] | None:
@@ -119,11 +120,8 @@ def runtime_env() -> dict[str, Any] | None:
     """
     import ray
 
-    env, (address, there) = worker_env(), _started
-    unlike = any(os.environ.get(name, "1") != "1" for name in THREADS)  # Ray leaves alone what somebody has set
-    if env == there and address == ray.get_runtime_context().gcs_address and not unlike:
-        return None
-    return {"env_vars": env}
+    env = worker_env()
+    return None if _started == (ray.get_runtime_context().gcs_address, env) else {"env_vars": env}
 
 
 @contextmanager
@@ -136,6 +134,6 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
     finally:
         for name, value in before.items():
             if value is None:
-                del os.environ[name]
+                os.environ.pop(name, None)
             else:
                 os.environ[name] = value

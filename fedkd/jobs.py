@@ -82,8 +82,11 @@ def execute_sweep(
         _check(cells, file)
         return _side_by_side(cells, _Order(out, file, fresh), min(jobs, len(cells)), listener)
     finished, failed = [], []
-    pending = [cell for cell in cells if fresh or not is_finished(folder_of(cell.scenario, out, fresh))]
-    with shared_engine(pending[0].scenario, meanwhile=partial(_check, cells, file)) if pending else nullcontext():
+    pending = [each.scenario for each in cells if fresh or not is_finished(folder_of(each.scenario, out, False))]
+    largest = max(
+        pending, key=lambda scenario: (scenario.system.engine != "inline", scenario.system.workers), default=None
+    )
+    with shared_engine(largest, meanwhile=partial(_check, cells, file)) if largest else nullcontext():
         for cell in cells:
             try:
                 result = execute(cell.scenario, out=out, file=file, fresh=fresh, listener=listener)

@@ -58,15 +58,8 @@ ARROWS: dict[str, set[str]] = {
     "client": HALVES - {"server"},
     "server": HALVES | {"engine"},  # a strategy names the client half it goes with
     "privacy": HALVES,
-    "engine": {
-        "errors",
-        "seeds",
-        "threads",
-        "arrays",
-        "cohorts",
-        "meeting",
-        "cluster",
-    },  # Flower and Ray, nothing of distillation
+    # Flower and Ray, nothing of distillation.
+    "engine": {"errors", "seeds", "threads", "arrays", "cohorts", "meeting", "cluster"},
     "checkpoint": FLOOR | {"payloads"},
     "environment": BASE | {"students"},
     "checks": HALVES | {"engine"},

@@ -240,7 +240,10 @@ class Dispatcher(threading.Thread):
             self._pool.replace(place, actor)
             self._again(orphans, error)
         except RayError as error:
-            self._again([number], error)
+            what = (
+                "results of a cohort were lost with their node" if isinstance(error, ObjectLostError) else "Ray failed"
+            )
+            self._again([number], error, what)
         else:
             del self._in_flight[number]
             self._finish(number, (first, refs))
@@ -295,7 +298,7 @@ class Dispatcher(threading.Thread):
 
 def cause(error: Exception) -> str:
     """Return what an exception of Ray says, in a line."""
-    cause = getattr(error, "cause", None)
-    if isinstance(error, RayTaskError) and isinstance(cause, BaseException):
-        return describe(cause)
+    raised = getattr(error, "cause", None)
+    if isinstance(error, RayTaskError) and isinstance(raised, BaseException):
+        return describe(raised)
     return str(error).strip().split("\n")[0]

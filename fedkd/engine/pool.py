@@ -1,6 +1,6 @@
 """Ray workers: started, replaced when they die, and fed by a dispatcher.
 
-Replies are left in the object store until somebody reads them.
+Whole replies are left in the object store until somebody reads them.
 """
 
 from __future__ import annotations
@@ -94,9 +94,9 @@ class Pool:
         return ray.put(value)
 
     def packed(self, value: Any) -> Any:
-        """Return a value as an argument of many jobs: pickled, to be sent along with each, if it is small, else put."""
+        """Pickle an argument of many jobs: bytes, to be sent along with each, if they are few, else a reference."""
         pickled = cloudpickle.dumps(value)  # pyright: ignore[reportPrivateImportUsage]
-        return pickled if len(pickled) <= SMALL else ray.put(value)
+        return pickled if len(pickled) <= SMALL else ray.put(pickled)
 
     def is_lost(self, ref: Any) -> bool:
         """Whether an object is gone with the node that held it."""

@@ -7,6 +7,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import Error, Message, RecordDict
@@ -174,7 +176,7 @@ class RayGrid(SimulationGrid):
         tasks = dict(enumerate(in_tasks(costs, len(self._pool.actors))))
         stateful, self._stateful = self._stateful or bool(self._states), False
         wholes = fold is None or keep  # whether whole replies are an object of their own
-        before = 1 + wholes  # objects that a task returns before clients' states
+        before = 2 if wholes else 1  # objects that a task returns before clients' states
         home = {number: (task, place) for task, numbers in tasks.items() for place, number in enumerate(numbers)}
         shared = _Shared([item.message.content for item in items], self._pool.put)
         packed = None if fold is None else self._pool.packed(fold)
@@ -198,16 +200,19 @@ class RayGrid(SimulationGrid):
                 self._rebuild(partitions)
                 return arguments()
 
-            def pieces() -> list[Job]:
-                return [job(range(number, number + 1)) for number in numbers]
-
             returns, reads = before + (len(partitions) if stateful else 0), () if fold is not None else (1,)
-            return Job("run", arguments(), returns, reads, repaired, pieces if len(numbers) > 1 else None)
+            return Job("run", arguments(), returns, reads, repaired)
+
+        def pieces(numbers: range) -> list[Job]:
+            return [job(range(number, number + 1)) for number in numbers]
+
+        # Not in `job`, which would then refer to itself: what a call holds would wait for the garbage collector.
+        jobs = [replace(job(n), pieces=partial(pieces, n) if len(n) > 1 else None) for n in tasks.values()]
 
         done: dict[int, Done | Error] = {}
         left = {task: len(numbers) for task, numbers in tasks.items()}
         limit = math.inf if deadline is None else deadline
-        with self._pool.dispatch([job(numbers) for numbers in tasks.values()], deadline=limit) as result:
+        with self._pool.dispatch(jobs, deadline=limit) as result:
 
             def fetch(number: int) -> tuple[list[Outcome], list[tuple[int, int, Any]]]:
                 task, place = home[number]
@@ -231,8 +236,8 @@ class RayGrid(SimulationGrid):
                         for message in failed
                     ], loose
                 receipt: Receipt = ended.first.receipts[place]
-                each = ended.first.results if fold is not None else ended.read[0]
-                replies, each[place] = each[place], None  # not kept longer than needed
+                of_cohorts = ended.first.results if fold is not None else ended.read[0]
+                replies, of_cohorts[place] = of_cohorts[place], None  # not kept longer than needed
                 self._costs.learn(archs[number], samples[number], receipt.seconds)
                 first = before + sum(len(cohorts[other]) for other in tasks[task][:place])
                 return [
@@ -256,7 +261,8 @@ class RayGrid(SimulationGrid):
         if done.states is not None:  # nobody expected them: for once they have passed the driver
             refs = [*refs[:before], *(self._pool.put(state) if state else None for state in done.states)]
         self._stateful |= any(change == NEW for receipt in done.receipts for change in receipt.changes)
-        return ended._replace(refs=refs), done.loose
+        # What has been handed over is not kept longer than needed.
+        return ended._replace(first=done._replace(loose=[], states=None), refs=refs), done.loose
 
     def measure(self, cohorts: Sequence[Sequence[Message]]) -> list[Measured]:
         """Run cohorts on one of the workers, see `SimulationGrid.measure`."""

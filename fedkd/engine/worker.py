@@ -210,12 +210,13 @@ class Receipt(NamedTuple):
 
 
 class Yield(NamedTuple):
-    """What came of a task."""
+    """What came of a task.
+
+    There are results of each cohort where there is a fold; else whole replies are wanted, an object of their own.
+    """
 
     receipts: list[Receipt]
-    results: (
-        list[list[Any]] | None
-    )  # of the fold, for each cohort; None: whole replies are wanted, an object of their own
+    results: list[list[Any]] | None
     loose: list[tuple[int, int, Any]]  # parts that the fold made (see `fedkd.cohorts.Parts`)
     states: list[RecordDict | None] | None  # new states of clients of which nobody expected any
 
@@ -249,7 +250,7 @@ class Worker:
         self._parts = app_factory, *self._parts[1:]
         self._runner = None
 
-    def run(self, cohorts: list[Cohort], order: Order, packed: Fold | bytes | None, *objects: Any) -> Any:
+    def run(self, cohorts: list[Cohort], order: Order, packed: bytes | None, *objects: Any) -> Any:
         """Run cohorts, one after the other.
 
         Parameters
@@ -258,9 +259,8 @@ class Worker:
             Messages and partition ids.
         order : Order
             What to do with them.
-        packed : callable or bytes, optional
-            Makes slim replies and a partial result of a cohort's replies (see `SimulationGrid.send_and_fold`); pickled,
-            if it is small.
+        packed : bytes, optional
+            Pickled: makes slim replies and a partial result of a cohort's replies (see `SimulationGrid.send_and_fold`).
         objects
             Shared contents and records, then one RecordDict or None for each client. Ray resolves references here,
             because they are arguments of their own.
@@ -272,7 +272,7 @@ class Worker:
             for each client, if each is to be an object of its own. Every object costs time.
         """
         self.load()
-        fold: Fold | None = pickle.loads(packed) if isinstance(packed, bytes) else packed
+        fold: Fold | None = None if packed is None else pickle.loads(packed)
         receipts, results, wholes, states = [], [], [], []
         parts = Parts(fold.merge if fold is not None else _no_merge)
         at = order.shared

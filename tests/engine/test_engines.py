@@ -1,9 +1,12 @@
 """Inline against Ray, and what only one of them does."""
 
+import gc
 import random
 import subprocess
 import sys
 import textwrap
+import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -261,3 +264,19 @@ def test_messages_are_those_that_flower_itself_makes(ttl):
     assert mine == flowers
     assert ours.content is theirs.content
     assert abs(ours.metadata.created_at - theirs.metadata.created_at) < 5
+
+
+def test_a_call_holds_nothing_when_it_is_over(ray_grid, apps):
+    """Weights of a round must not wait for the garbage collector."""
+    messages = apps.ask(ray_grid, range(8))
+    content = weakref.ref(messages[0].content)
+    gc.disable()
+    try:
+        list(ray_grid.send_and_receive(messages))
+        del messages
+        deadline = time.monotonic() + 10
+        while content() is not None and time.monotonic() < deadline:  # the dispatcher's thread lets go last
+            time.sleep(0.01)
+        assert content() is None
+    finally:
+        gc.enable()
