@@ -212,7 +212,7 @@ def test_a_checkpoint_that_cannot_be_read_is_replaced_by_the_one_before(small, t
     for path in (folder / "checkpoints").iterdir():
         (path / "tensors.safetensors").write_bytes(b"")
     (folder / "summary.json").unlink()
-    with pytest.raises(RunError, match="--fresh"):
+    with pytest.raises(RunError, match="to begin this run anew, remove"):
         run.resume(folder)
 
 
