@@ -12,7 +12,7 @@ COHORTS = 16
 """Cohorts that a selection of one architecture is cut into: enough to balance a machine's workers."""
 
 
-TASK_SECONDS = 0.02, 0.5
+TASK_SECONDS = 0.04, 0.5
 """Neighbouring cohorts are put together in a task as long as they are expected to take no more than the first, which is
 some ten times what handing out a task costs; and while there is much left to do, no more than the second."""
 
@@ -73,7 +73,7 @@ def in_tasks(costs: Sequence[float], workers: int) -> list[range]:
     --------
     >>> in_tasks([1.0, 3.0, 2.0], workers=2)
     [range(1, 2), range(2, 3), range(0, 1)]
-    >>> in_tasks([0.02] * 7, workers=2)
+    >>> in_tasks([0.04] * 7, workers=2)
     [range(0, 2), range(2, 3), range(3, 4), range(4, 5), range(5, 6), range(6, 7)]
     """
     tasks: list[range] = []

@@ -253,7 +253,7 @@ def steady(ratio, memory=10 * MB):
     return takes
 
 
-@pytest.mark.parametrize(("ratio", "chosen"), [(0.5, "sequential"), (1.15, "sequential"), (1.25, "vectorised")])
+@pytest.mark.parametrize(("ratio", "chosen"), [(0.5, "sequential"), (1.45, "sequential"), (1.55, "vectorised")])
 def test_the_vectorised_trainer_must_be_faster_by_a_margin(small, ratio, chosen):
     report, calls = look(alike(small), steady(ratio))
     assert report.scenario.system.trainer == chosen

@@ -43,18 +43,22 @@ class SGD:
     def __init__(self, client: Client, model: nn.Module) -> None:
         self.client = client
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._values = [parameter.detach() for parameter in self.parameters]  # which autograd does not look after
         self.param_groups: list[dict[str, Any]] = [{"lr": client.lr}]
         self.state: dict[int, Tensor | None] = {}  # velocity by number of the parameter
 
-    @torch.no_grad()
     def step(self) -> None:
         """Take a step."""
+        if self.client.momentum or self.client.weight_decay:
+            return self._general()
+        rate = -self.param_groups[0]["lr"]
+        for parameter, values in zip(self.parameters, self._values):
+            if parameter.grad is not None:
+                values.add_(parameter.grad, alpha=rate)
+
+    @torch.no_grad()
+    def _general(self) -> None:
         client = self.client
-        if not (client.momentum or client.weight_decay):
-            for parameter in self.parameters:
-                if parameter.grad is not None:
-                    parameter.add_(parameter.grad, alpha=-self.param_groups[0]["lr"])
-            return
         numbers = [number for number, parameter in enumerate(self.parameters) if parameter.grad is not None]
         velocities = [self.state.get(number) for number in numbers]
         sgd(

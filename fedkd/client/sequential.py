@@ -16,7 +16,7 @@ from fedkd.seeds import torch_seed
 def train(task: Task) -> None:
     """Take one optimiser step a batch; fills the task's tally and means, and leaves the student trained."""
     student, client, shared = task.student, task.student.client, task.student.shared
-    model, optimizer = student.model, shared.optimizer(client)
+    model, forward, optimizer = student.model, shared.forward, shared.optimizer(client)
     params = dict(model.named_parameters())
     history: list[dict[str, Tensor]] = []
     cast = task.cast()
@@ -29,10 +29,10 @@ def train(task: Task) -> None:
                 if task.distinct:
                     with torch.no_grad():
                         taught = [teacher(batch.x) for teacher in task.distinct]
-                out = model(batch.x)
+                out = forward(batch.x)
                 named = task.losses(params, batch, out, taught, task.aux)
             loss = torch.stack(list(named.values())).sum() if len(named) > 1 else next(iter(named.values()))
-            loss.backward()
+            backward(loss)
             if client.clip:
                 nn.utils.clip_grad_norm_(model.parameters(), client.clip)
             for group in optimizer.param_groups:
@@ -52,6 +52,26 @@ def train(task: Task) -> None:
                 task.batches = task.batches[:step]
                 break
     task.means = _means(history, len(task.batches))
+
+
+def backward(loss: Tensor) -> None:
+    """Do what ``loss.backward()`` does for a scalar, without what it looks at before: a tenth of a small model's step.
+
+    Raises
+    ------
+    RuntimeError
+        The loss depends on nothing that is trained.
+    """
+    if _ENGINE is None or loss.ndim:
+        return loss.backward()
+    # A fresh one: a gradient may share its memory.
+    _ENGINE.run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
+
+
+_ENGINE = getattr(torch.autograd.Variable, "_execution_engine", None)
+"""What `torch.autograd.backward` calls; internal to PyTorch, so it may be missing one day."""
 
 
 def _means(history: Sequence[Mapping[str, Tensor]], steps: int) -> dict[str, float]:

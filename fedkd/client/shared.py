@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkd.client.optimizers import SGD, make_optimizer
+from fedkd.models.base import bare_forward
 from fedkd.payloads import State
 from fedkd.students import has_batch_norm, travelling
 
@@ -45,6 +46,11 @@ class SharedModel:
         self.batch_norm = has_batch_norm(model)
         self._optimizer: torch.optim.Optimizer | SGD | None = None
         self._tenant: Student | None = None
+
+    @cached_property
+    def forward(self) -> Callable[[Tensor], Outputs]:
+        """The model's forward pass, as fast as it can be had."""
+        return bare_forward(self.module)
 
     @cached_property
     def frozen(self) -> nn.Module:

@@ -16,7 +16,7 @@ from fedkd.server.totals import Total
 from fedkd.server.uploads import Upload, sum_up
 from fedkd.threads import one_thread
 
-CHUNK = 1 << 16  # numbers that are added at a time: their sums stay in the cache
+CHUNK = 1 << 15  # numbers that are added at a time: their sums stay in the cache
 
 
 class HasWeights(Protocol):

@@ -6,7 +6,7 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from fedkd import models
 from fedkd.errors import ScenarioError
 from fedkd.losses import cross_entropy
-from fedkd.models.base import Classifier
+from fedkd.models.base import Classifier, bare_forward
 
 IMAGE_MODELS = [name for name in models.names() if name != "text"]
 SHAPES = [(1, 8, 8), (3, 8, 8), (1, 28, 28), (3, 28, 28), (1, 32, 32), (3, 32, 32)]
@@ -250,3 +250,38 @@ def test_impossible_models_are_refused_with_the_way_out(name, settings, key, say
     with pytest.raises(ScenarioError, match=says) as error:
         models.build(name, **{"num_classes": 10, "input_shape": (1, 8, 8), "kind": "image"} | settings)
     assert error.value.key == key
+
+
+@pytest.mark.parametrize("norm", ["group", "batch", "none"])
+@pytest.mark.parametrize("name", IMAGE_MODELS)
+def test_a_bare_forward_pass_has_the_bits_of_the_model(name, norm):
+    ours, theirs = image_model(name, norm=norm), image_model(name, norm=norm)
+    x = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    forward = bare_forward(ours)
+    assert forward is not ours
+    for _ in range(2):
+        mine, expected = forward(x), theirs(x)
+        assert all(map(torch.equal, (*mine[:2], *mine.taps), (*expected[:2], *expected.taps)))
+        for model, out in ((ours, mine), (theirs, expected)):
+            (out.logits.sum() + out.features.square().sum()).backward()
+            for parameter in model.parameters():
+                parameter.data.sub_(parameter.grad, alpha=0.01)
+    assert same(ours, theirs)  # running statistics, too
+
+
+def test_a_bare_forward_pass_follows_the_mode_of_the_model():
+    model = image_model("cnn", norm="batch")
+    forward, x = bare_forward(model), torch.randn(4, 1, 8, 8)
+    model.eval()
+    assert torch.equal(forward(x).logits, model(x).logits)
+    model.train()
+    with pytest.raises(ScenarioError, match="batch of one"):
+        forward(x[:1])
+
+
+def test_models_with_hooks_are_called_as_they_are():
+    model, seen = image_model("mlp"), []
+    model.head.register_forward_hook(lambda *args: seen.append(1))
+    assert bare_forward(model) is model
+    bare_forward(model)(torch.randn(2, 1, 8, 8))
+    assert seen == [1]

@@ -7,7 +7,7 @@ from torch import nn
 from torch.func import functional_call, vmap
 
 from fedkd.models import linear
-from fedkd.models.linear import Linear, quicken
+from fedkd.models.linear import AMD, Linear, processor_vendor, quicken
 
 pytestmark = pytest.mark.skipif(linear._ONEDNN is None, reason="this PyTorch has no oneDNN")
 
@@ -17,7 +17,7 @@ def layer(monkeypatch):
     """Return a layer that takes oneDNN for the smallest product."""
     monkeypatch.setattr(linear, "WORTH", 0)
     torch.manual_seed(0)
-    made = quicken(nn.Sequential(nn.Linear(40, 24)))[0]
+    made = quicken(nn.Sequential(nn.Linear(40, 24)), vendor=AMD)[0]
     assert type(made) is Linear
     return made
 
@@ -70,7 +70,7 @@ def test_what_it_is_not_for_goes_to_pytorch(layer, monkeypatch):
 
 def test_short_products_are_left_alone(monkeypatch):
     count = calls(monkeypatch)
-    quicken(nn.Linear(40, 24))(torch.randn(7, 40))
+    quicken(nn.Linear(40, 24), vendor=AMD)(torch.randn(7, 40))
     assert not count
 
 
@@ -78,4 +78,21 @@ def test_subclasses_keep_their_forward():
     class Own(nn.Linear):
         pass
 
-    assert type(quicken(Own(2, 2))) is Own
+    assert type(quicken(Own(2, 2), vendor=AMD)) is Own
+
+
+def test_the_processor_decides_unless_somebody_says_which(monkeypatch):
+    monkeypatch.setattr(linear, "processor_vendor", lambda: "GenuineIntel")
+    assert type(quicken(nn.Linear(2, 2))) is nn.Linear
+    monkeypatch.setattr(linear, "processor_vendor", lambda: AMD)
+    assert type(quicken(nn.Linear(2, 2))) is Linear
+
+
+def test_the_vendor_is_what_the_processor_says(monkeypatch):
+    processor_vendor.cache_clear()
+    says = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\n"
+    monkeypatch.setattr(linear.Path, "read_text", lambda path: says)
+    try:
+        assert processor_vendor() == AMD
+    finally:
+        processor_vendor.cache_clear()
