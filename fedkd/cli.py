@@ -178,15 +178,19 @@ def table(
         str, typer.Option(metavar="KEY", help="A key of the sweep whose values are the columns of a second table.")
     ] = "",
     metric: Annotated[str, typer.Option(help="What that one shows, such as best or own_worst_accuracy.")] = "final",
+    add: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="JSON file of an earlier table, for runs whose folders are not here."),
+    ] = None,
 ) -> None:
     """Make the table of a scenario's sweep from the runs there are, and say which are missing or failed."""
     document = load(scenario, set_ or [])
     from fedkd.report import console_table
-    from fedkd.results import collect, gaps, write
+    from fedkd.results import collect, gaps, read_tables, write
     from fedkd.sweep import expand
 
-    found = collect(expand(document), out)
-    rows = [one.row for one in found if one.result is not None]
+    found = collect(expand(document), out, read_tables(add or []))
+    rows = [one.row for one in found if one.finished]
     for line in gaps(found):
         console.print(f"no result: {line}", markup=False, highlight=False, soft_wrap=True)
     if not rows:

@@ -9,7 +9,7 @@ import pytest
 from fedkd import run
 from fedkd.cli import main
 from fedkd.errors import RunError, ScenarioError
-from fedkd.results import collect, gaps, write
+from fedkd.results import collect, gaps, read_tables, write
 from fedkd.run_folder import folder_of
 from fedkd.scenario_file import load
 from fedkd.sweep import expand
@@ -187,6 +187,63 @@ def test_what_there_is_no_table_of(swept, capsys, more, parts):
     errors = capsys.readouterr().err
     for part in parts:
         assert part in errors
+
+
+def test_runs_of_an_earlier_table_count_as_if_they_were_here(swept, tmp_path):
+    _, cells, out = swept
+    first = write(collect(cells, out), tmp_path / "first", "two")
+    earlier = read_tables([first[-1]])
+
+    assert [one.state for one in collect(cells, tmp_path / "elsewhere")] == ["missing"] * 8
+    again = write(collect(cells, tmp_path / "elsewhere", earlier), tmp_path / "again", "two")
+
+    ours, theirs = (json.loads(files[-1].read_text()) for files in (again, first))
+    assert [one for one in ours["runs"] if one["state"] == "finished"] == [
+        one for one in theirs["runs"] if one["state"] == "finished"
+    ]
+    assert (ours["table"], ours["conditions"]) == (theirs["table"], theirs["conditions"])
+    assert again[1].read_text() == first[1].read_text()
+
+
+def test_what_lacks_in_an_earlier_table_is_added_to_it(swept, tmp_path):
+    _, cells, out = swept
+    first = write(collect(cells, out), tmp_path / "first", "two")
+    more = tmp_path / "more"
+    new = run.execute(cells[6].scenario, out=more)
+    own = run.execute(cells[0].scenario, out=more, fresh=True)
+
+    found = collect(cells, more, read_tables([first[-1]]))
+
+    assert [one.finished for one in found] == [True, True, True, False, True, False, True, True]
+    assert (found[6].result.folder, found[0].result.folder) == (new.folder, own.folder)  # folders come first
+    assert found[1].result is None and found[1].row["bytes_up"] > 0
+
+
+def test_tables_from_before_runs_told_their_surroundings_can_be_added(swept, tmp_path):
+    _, cells, out = swept
+    file = write(collect(cells, out), tmp_path, "two")[-1]
+    content = json.loads(file.read_text())
+    for one in content["runs"]:
+        one.pop("conditions", None)
+    content["conditions"] = [{"cores": 2, "git_commit": "aaa"}, {"cores": 2, "git_commit": "bbb"}]
+    file.write_text(json.dumps(content))
+
+    found = collect(cells, tmp_path / "elsewhere", read_tables([file]))
+
+    assert found[0].environment == {"cores": 2, "git_commit": "aaa or bbb"}
+
+
+@pytest.mark.parametrize("text", [None, "no json", "[]", '{"conditions": [], "runs": [{"state": "finished"}]}'])
+def test_other_files_cannot_be_added(swept, tmp_path, capsys, text):
+    path, _, out = swept
+    other = tmp_path / "other.json"
+    if text is not None:
+        other.write_text(text)
+
+    assert main(["table", str(path), "--out", str(out), "--add", str(other)]) == 2
+
+    errors = " ".join(capsys.readouterr().err.split())
+    assert "other.json" in errors and "--add" in errors and "fedkd table has written" in errors
 
 
 def test_a_scenario_without_runs(tmp_path):

@@ -16,7 +16,7 @@ from fedkd.server.totals import Total
 from fedkd.server.uploads import Upload, sum_up
 from fedkd.threads import one_thread
 
-CHUNK = 1 << 15  # numbers that are added at a time: their sums stay in the cache
+CHUNK = 1 << 16  # numbers that are added at a time: their sums stay in the cache
 
 
 class HasWeights(Protocol):
@@ -359,9 +359,8 @@ def _accumulate(total: Tensor, weighted: Sequence[tuple[Tensor, float]], *, fres
 
     If it is fresh, it holds nothing yet.
     """
-    # Of a state with channels last, say, a contiguous copy is needed.
-    flat = [(values.detach().to(total.device).contiguous().view(-1).split(CHUNK), w) for values, w in weighted]
-    for number, into in enumerate(total.view(-1).split(CHUNK)):
+    flat = [(_pieces(values, total.device), weight) for values, weight in weighted]
+    for number, into in enumerate(_pieces(total, total.device)):
         for place, (pieces, weight) in enumerate(flat):
             if fresh and place == 0:
                 into.copy_(pieces[number])
@@ -369,3 +368,11 @@ def _accumulate(total: Tensor, weighted: Sequence[tuple[Tensor, float]], *, fres
                     into.mul_(weight)
             else:
                 into.add_(pieces[number], alpha=weight)
+
+
+def _pieces(values: Tensor, device: torch.device) -> Sequence[Tensor]:
+    """Return the numbers of a tensor in pieces of `CHUNK`; they share its memory where they can."""
+    if values.requires_grad or values.device != device or not values.is_contiguous():
+        values = values.detach().to(device).contiguous()  # of a state with channels last, say
+    values = values.view(-1)
+    return (values,) if len(values) <= CHUNK else torch.split(values, CHUNK)
