@@ -13,8 +13,8 @@ COHORTS = 16
 
 
 TASK_SECONDS = 0.04, 0.5
-"""Neighbouring cohorts are put together in a task as long as they are expected to take no more than the first, which is
-some ten times what handing out a task costs; and while there is much left to do, no more than the second."""
+"""Neighbouring cohorts are put together in a task as long as they are expected to take no more than the first, so that
+handing tasks out, some milliseconds each, costs little; and while there is much left to do, no more than the second."""
 
 
 def compose(partitions: Sequence[int], archs: Sequence[str], width: int = 0) -> list[list[int]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fedkd.models.linear import processor_vendor
 from fedkd.scenario import Scenario
 from fedkd.students import pick_device
 from fedkd.threads import cores
@@ -36,6 +37,7 @@ def environment(scenario: Scenario, workers: int, preflight: Mapping[str, Any]) 
         "packages": {name: _version(name) for name in _PACKAGES},
         "platform": platform.platform(terse=True),
         "machine": platform.machine(),
+        "processor": processor_vendor(),
         "cores": cores(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "engine": scenario.system.engine,

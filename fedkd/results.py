@@ -16,7 +16,9 @@ from fedkd.report import aggregate, pivot, title_of, to_markdown, write_tables
 from fedkd.run_folder import folder_of, read_metrics
 from fedkd.sweep import Cell
 
-CONDITIONS = ("python", "packages", "platform", "machine", "cores", "device", "engine", "workers", "git_commit")
+CONDITIONS = (
+    "python", "packages", "platform", "machine", "processor", "cores", "device", "engine", "workers", "git_commit"
+)  # fmt: skip
 """What a table says about the machines that computed it, of each run's environment."""
 
 _BESIDE = ("state", "reason", "best_round", "curve", "seconds_by_verb", "attackers", "refused", "folder", "conditions")
@@ -92,6 +94,8 @@ def collect(cells: Sequence[Cell], out: Path, earlier: Earlier | None = None) ->
 def read_tables(files: Sequence[Path]) -> Earlier:
     """Read the finished runs of earlier tables from the JSON files that `write` wrote.
 
+    Of a run that is in several files, the last one counts.
+
     Raises
     ------
     ScenarioError
@@ -104,10 +108,10 @@ def read_tables(files: Sequence[Path]) -> Earlier:
             conditions = content["conditions"]
             for facts in content["runs"]:
                 if facts["state"] == "finished":
-                    float(facts["best"] + sum(facts["bytes_up"].values()) + sum(facts["bytes_down"].values()))
+                    _check_run(facts)
                     mine = conditions[facts["conditions"]] if "conditions" in facts else _any_of(conditions)
                     found[str(facts["folder"])] = facts, {key: mine[key] for key in CONDITIONS if key in mine}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             what = "cannot be read" if isinstance(error, OSError) else "is not the JSON file of a table"
             raise ScenarioError(
                 f"{file} {what}: {type(error).__name__}: {error}",
@@ -115,6 +119,14 @@ def read_tables(files: Sequence[Path]) -> Earlier:
                 hint="name a .json file that fedkd table has written, such as those in benchmarks/results",
             ) from None
     return found
+
+
+def _check_run(facts: Mapping[str, Any]) -> None:
+    """Raise something if these are not the facts of a finished run."""
+    sum(facts["bytes_up"].values()) + sum(facts["bytes_down"].values())  # pyright: ignore[reportUnusedExpression]
+    {int(rounds): accuracy for rounds, accuracy in (facts.get("accuracy_after") or {}).items()}
+    if not isinstance(facts["label"], str) or not isinstance(facts["seed"], int):
+        raise TypeError("a run without label or seed")
 
 
 def _any_of(conditions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -132,10 +144,11 @@ def _find(cell: Cell, out: Path, earlier: Earlier) -> Found:
     found = _in_folders(cell, first)
     if found.finished:
         return found
-    known = [name for name in earlier if re.fullmatch(rf"{re.escape(first.name)}(-\d+)?", name)]
+    matches = [re.fullmatch(rf"{re.escape(first.name)}(?:-(\d+))?", name) for name in earlier]
+    known = {int(match[1] or 1): match[0] for match in matches if match is not None}
     if not known:
         return found
-    facts, environment = earlier[known[-1]]
+    facts, environment = earlier[known[max(known)]]
     return Found(cell, "finished", "", None, environment, facts)
 
 
@@ -236,7 +249,7 @@ def _facts(one: Found, conditions: Sequence[str]) -> dict[str, Any]:
     computed = {"conditions": conditions.index(_surroundings(one))}
     if one.result is None:
         assert one.earlier is not None
-        return one.earlier | facts | computed
+        return facts | one.earlier | {"values": one.cell.values} | computed
     summary = one.result.summary
     kept = ("whose", "best", "best_round", "curve", "bytes_up", "bytes_down", "seconds_by_verb", "attackers", "refused")
     facts |= one.row | {key: summary[key] for key in kept if key in summary} | {"folder": one.result.folder.name}

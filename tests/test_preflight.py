@@ -318,6 +318,12 @@ def test_a_gpu_is_shared_by_two_wide_cohorts(small):
     assert "800 MB on the GPU per client" in report.rows["mlp"]
 
 
+@pytest.mark.parametrize(("ratio", "chosen"), [(1.15, "sequential"), (1.3, "vectorised")])
+def test_on_a_gpu_a_smaller_margin_is_enough(small, ratio, chosen):
+    report, _ = look(alike(small), steady(ratio), machines=[Node(8, 1, 20 * 1000 * MB)], workers=1)
+    assert report.scenario.system.trainer == chosen
+
+
 def test_device_cpu_leaves_gpus_alone(small):
     report, _ = look(alike(small, system__device="cpu"), steady(0.5), machines=[Node(8, 1, 20 * 1000 * MB)], workers=8)
     assert report.placement.workers == 8 and report.placement.gpu_fraction == 0.0

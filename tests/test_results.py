@@ -233,7 +233,34 @@ def test_tables_from_before_runs_told_their_surroundings_can_be_added(swept, tmp
     assert found[0].environment == {"cores": 2, "git_commit": "aaa or bbb"}
 
 
-@pytest.mark.parametrize("text", [None, "no json", "[]", '{"conditions": [], "runs": [{"state": "finished"}]}'])
+def test_of_a_run_in_several_tables_the_last_counts(swept, tmp_path):
+    _, cells, out = swept
+    files = []
+    for number, suffix in enumerate(["-10", "-2", "", ""]):
+        content = json.loads(write(collect(cells[:1], out), tmp_path / str(number), "two")[-1].read_text())
+        content["runs"][0] |= {"folder": content["runs"][0]["folder"] + suffix, "final": number / 10}
+        files.append(tmp_path / str(number) / "two.json")
+        files[-1].write_text(json.dumps(content))
+
+    def final(*chosen):
+        [one] = collect(cells[:1], tmp_path / "elsewhere", read_tables(chosen))
+        return one.row["final"]
+
+    assert final(*files[:3]) == final(*files[2::-1]) == 0.0  # the tenth time that it was made
+    assert final(*files[2:]) == 0.3  # the same run twice: the later file
+
+
+def test_a_run_without_accuracy_can_be_added(swept, tmp_path):
+    _, cells, out = swept
+    file = write(collect(cells[:1], out), tmp_path, "two")[-1]
+    file.write_text(file.read_text().replace('"best": ', '"best": null, "was": '))
+
+    assert collect(cells[:1], tmp_path / "elsewhere", read_tables([file]))[0].finished
+
+
+@pytest.mark.parametrize(
+    "text", [None, "no json", "[]", '{"conditions": [], "runs": [{"state": "finished"}]}', "[" * 99_999]
+)
 def test_other_files_cannot_be_added(swept, tmp_path, capsys, text):
     path, _, out = swept
     other = tmp_path / "other.json"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkd.client.optimizers import SGD, make_optimizer
-from fedkd.models.base import bare_forward
+from fedkd.models.base import bare_forward, has_hooks
 from fedkd.payloads import State
 from fedkd.students import has_batch_norm, travelling
 
@@ -47,9 +47,13 @@ class SharedModel:
         self._optimizer: torch.optim.Optimizer | SGD | None = None
         self._tenant: Student | None = None
 
-    @cached_property
+    @property
     def forward(self) -> Callable[[Tensor], Outputs]:
         """The model's forward pass, as fast as it can be had."""
+        return self.module if has_hooks(self.module) else self._bare
+
+    @cached_property
+    def _bare(self) -> Callable[[Tensor], Outputs]:
         return bare_forward(self.module)
 
     @cached_property

@@ -96,8 +96,8 @@ def bare_forward(model: nn.Module) -> Callable[[Tensor], Outputs]:
     Parameters
     ----------
     model : nn.Module
-        Its modules must stay what they are. Other than a `Classifier` over a `Body`, and models with hooks, come back
-        as they are.
+        Its modules must stay what they are, and have no hooks (see `has_hooks`). Other than a `Classifier` over a
+        `Body` come back as they are.
 
     Examples
     --------
@@ -108,7 +108,7 @@ def bare_forward(model: nn.Module) -> Callable[[Tensor], Outputs]:
     >>> bool((bare_forward(model)(x).logits == model(x).logits).all())
     True
     """
-    if type(model) is not Classifier or type(model.body) is not Body or any(map(_has_hooks, model.modules())):
+    if type(model) is not Classifier or type(model.body) is not Body:
         return model
     stages = [list(_leaves(stage)) for stage in model.body.stages]
     neck, head = list(_leaves(model.body.neck)), list(_leaves(model.head))
@@ -139,9 +139,13 @@ def _leaves(module: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
         yield module.forward
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(model: nn.Module) -> bool:
+    """Whether somebody wants to hear of calls of a model's modules, or of modules at all."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind, None) for kind in kinds)
+    return _any_global_hook() or any(getattr(module, kind, None) for module in model.modules() for kind in kinds)
+
+
+_any_global_hook: Callable[[], bool] = getattr(nn.modules.module, "_has_any_global_hook", lambda: False)
 
 
 def refuse_batch_of_one(model: nn.Module, x: Tensor) -> None:

@@ -360,7 +360,7 @@ def _accumulate(total: Tensor, weighted: Sequence[tuple[Tensor, float]], *, fres
     If it is fresh, it holds nothing yet.
     """
     flat = [(_pieces(values, total.device), weight) for values, weight in weighted]
-    for number, into in enumerate(_pieces(total, total.device)):
+    for number, into in enumerate(torch.split(total.view(-1), CHUNK)):
         for place, (pieces, weight) in enumerate(flat):
             if fresh and place == 0:
                 into.copy_(pieces[number])

@@ -115,3 +115,16 @@ def test_a_teacher_has_the_buffers_that_its_student_had(small):
     trainer.learn(one, runtime.local, {})
     assert torch.equal(teacher(x).logits, before)
     assert "body.stages.0.1.running_mean" in teacher.state
+
+
+def test_a_hook_is_heard_from_the_next_training_on(small):
+    runtime, (student, _) = students(small("fedavg"))
+    trainer.learn(student, runtime.local, {})
+    heard = []
+    handle = student.model.head.register_forward_hook(lambda *args: heard.append(1))
+    trainer.learn(student, runtime.local, {})
+    assert heard
+    handle.remove()
+    heard.clear()
+    trainer.learn(student, runtime.local, {})
+    assert not heard

@@ -6,7 +6,7 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from fedkd import models
 from fedkd.errors import ScenarioError
 from fedkd.losses import cross_entropy
-from fedkd.models.base import Classifier, bare_forward
+from fedkd.models.base import Classifier, bare_forward, has_hooks
 
 IMAGE_MODELS = [name for name in models.names() if name != "text"]
 SHAPES = [(1, 8, 8), (3, 8, 8), (1, 28, 28), (3, 28, 28), (1, 32, 32), (3, 32, 32)]
@@ -279,9 +279,16 @@ def test_a_bare_forward_pass_follows_the_mode_of_the_model():
         forward(x[:1])
 
 
-def test_models_with_hooks_are_called_as_they_are():
-    model, seen = image_model("mlp"), []
-    model.head.register_forward_hook(lambda *args: seen.append(1))
-    assert bare_forward(model) is model
-    bare_forward(model)(torch.randn(2, 1, 8, 8))
-    assert seen == [1]
+def test_hooks_are_seen_wherever_they_are():
+    model = image_model("cnn")
+    assert not has_hooks(model)
+    for register in (
+        model.head.register_forward_hook,
+        model.body.stages[0].register_forward_pre_hook,
+        model.register_full_backward_hook,
+        nn.modules.module.register_module_forward_hook,
+    ):
+        handle = register(lambda *args: None)
+        assert has_hooks(model)
+        handle.remove()
+    assert not has_hooks(model)
