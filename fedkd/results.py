@@ -116,7 +116,7 @@ def read_tables(files: Sequence[Path]) -> Earlier:
             raise ScenarioError(
                 f"{file} {what}: {type(error).__name__}: {error}",
                 key="--add",
-                hint="name a .json file that fedkd table has written, such as those in benchmarks/results",
+                hint="name a .json file that fedkd table has written, such as benchmarks/results/poisoned_cpu.json",
             ) from None
     return found
 
