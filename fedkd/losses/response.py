@@ -385,4 +385,14 @@ def _label_against_rest(logits: Tensor, others: Tensor) -> Tensor:
 
 
 def _pearson(a: Tensor, b: Tensor) -> Tensor:
-    return F.cosine_similarity(a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True), dim=-1, eps=1e-8)
+    return F.cosine_similarity(_centred(a), _centred(b), dim=-1, eps=1e-8)
+
+
+def _centred(values: Tensor) -> Tensor:
+    """Return deviations from the mean; none where they are no more than the mean's rounding errors.
+
+    Equal numbers may differ from their mean in the last bit, and a correlation would divide by that.
+    """
+    deviations = values - values.mean(-1, keepdim=True)
+    noise = (8 * torch.finfo(values.dtype).eps) ** 2 * values.square().sum(-1, keepdim=True)
+    return torch.where(deviations.square().sum(-1, keepdim=True) > noise, deviations, 0.0)

@@ -275,3 +275,13 @@ def test_of_finite_logits_loss_and_gradient_are_finite(kind, direction, masked):
         loss = kd(student, teacher, **PLAIN, kind=kind, direction=direction, class_mask=mask)
         loss.backward()
         assert bool(loss.isfinite()) and bool(student.grad.isfinite().all())
+
+
+def test_columns_that_vary_by_rounding_alone_give_no_gradient():
+    # The mean of equal numbers may round: 1 - correlation would then have a gradient of some 1e7.
+    for samples in range(2, 40):
+        logits = torch.tensor([0.3, -1.2, 0.7, 0.1]).repeat(samples, 1).requires_grad_()
+        teacher = torch.randn(samples, 4, generator=torch.Generator().manual_seed(samples))
+        loss = correlation(logits, teacher, temperature=2.0, t_squared=False, beta=0.0, gamma=1.0)
+        loss.backward()
+        assert float(loss.detach()) == 1.0 and not logits.grad.any()
