@@ -87,6 +87,12 @@ def start(folder, scenario, *, session):
     )
 
 
+def alive(driver):
+    """Fail, with what it said, if a process has ended that should be running."""
+    assert driver.poll() is None, driver.stdout.read()
+    return True
+
+
 def log_of(folder):
     """Return the rounds that a running process has finished."""
     found = list(folder.glob("runs/*/*/metrics.jsonl"))
@@ -116,7 +122,7 @@ def test_a_driver_that_is_killed_leaves_no_worker_and_is_resumed(small, tmp_path
 def test_ctrl_c_stops_within_seconds_and_leaves_no_process(small, tmp_path):
     slow = small("fedavg", client__epochs=3_000, run__rounds=50, system__engine="ray", system__workers=2)
     driver = start(tmp_path, slow, session=True)
-    wait_until(lambda: processes("ray::Worker.run", session=driver.pid))
+    wait_until(lambda: alive(driver) and processes("ray::Worker.run", session=driver.pid), seconds=180)
     began = time.monotonic()
     os.kill(driver.pid, signal.SIGINT)
     output, _ = driver.communicate(timeout=30)
