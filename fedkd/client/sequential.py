@@ -55,7 +55,7 @@ def train(task: Task) -> None:
 
 
 def backward(loss: Tensor) -> None:
-    """Do what ``loss.backward()`` does for a scalar, without what it looks at before: a tenth of a small model's step.
+    """Do what ``loss.backward()`` does for a scalar, without what it looks at before, which small models feel.
 
     Raises
     ------

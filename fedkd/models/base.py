@@ -91,7 +91,7 @@ class Classifier(nn.Module):
 def bare_forward(model: nn.Module) -> Callable[[Tensor], Outputs]:
     """Return a model's forward pass without what PyTorch does around that of every module in it.
 
-    Each call of a module looks for hooks: a sixth of what a small model's step takes. The bits are those of the model.
+    Each call of a module looks for hooks, which small models feel. The bits are those of the model.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """Linear layers whose products on an AMD processor are oneDNN's, as those of convolutions are.
 
-PyTorch leaves products of float32 matrices to MKL, which takes half as long again as oneDNN on AMD's processors, and is
-ahead of it on Intel's: there a step of a small MLP with oneDNN's products takes half as long again.
+PyTorch leaves products of float32 matrices to MKL, which is slower than oneDNN on AMD's processors, and
+faster on Intel's.
 """
 
 from __future__ import annotations
