@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedkd.client.local import Aux, LocalTraining
-from fedkd.losses.response import kd
+from fedkd.losses.response import cross_entropies, kd
 from fedkd.payloads import Knowledge, PeerOutputs, ProxyOutputs, Request
 from fedkd.seeds import Purpose
 from fedkd.server.evaluation import Predict
@@ -54,8 +53,7 @@ class PeerLearning(LocalTraining):
         if "estimates" not in aux:
             return super().loss(params, batch, out, teachers, aux)
         shared = (batch.y < 0).to(out.logits.dtype)
-        private = 1 - shared
-        ce = F.cross_entropy(out.logits, batch.y.clamp(min=0), reduction="none")
+        ce = cross_entropies(out.logits, batch.y)
         distance = kd(
             out.logits,
             aux["estimates"][batch.ids.clamp(max=len(aux["estimates"]) - 1)],
@@ -66,7 +64,7 @@ class PeerLearning(LocalTraining):
             target_space="probs",
             sample_weight=shared * (len(shared) / shared.sum().clamp(min=1)),
         )
-        return {"ce": (ce * private).sum() / private.sum().clamp(min=1), "consensus": self.method.rho * distance}
+        return {"ce": ce.sum() / (1 - shared).sum().clamp(min=1), "consensus": self.method.rho * distance}
 
     def share(self, student: Student) -> Knowledge:
         """Move the own estimate by the change of the own soft decisions, and share it."""

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedkd.client import trainer
 from fedkd.client.local import Aux, LocalTraining
-from fedkd.losses.response import kd
+from fedkd.losses.response import cross_entropies, kd
 from fedkd.payloads import Knowledge, ProxyOutputs, Request
 
 if TYPE_CHECKING:
@@ -122,7 +121,7 @@ class JointTraining(OutputSharing):
         if "targets" not in aux:
             return super().loss(params, batch, out, teachers, aux)
         targets = aux["targets"]
-        own = F.cross_entropy(out.logits, batch.y, ignore_index=-1, reduction="sum") / len(batch.y)
+        own = cross_entropies(out.logits, batch.y).sum() / len(batch.y)
         public = kd(
             out.logits,
             targets[batch.ids.clamp(max=len(targets) - 1)],

@@ -43,7 +43,41 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     Tensor
         Scalar, in nats.
     """
-    return F.cross_entropy(logits, labels)
+    return cross_entropies(logits, labels).mean() if _batched(logits) else F.cross_entropy(logits, labels)
+
+
+def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return each sample's cross-entropy with its label.
+
+    Parameters
+    ----------
+    logits : Tensor
+        Shape [N, C].
+    labels : Tensor
+        Class indices, int64, shape [N]; -1 is no label.
+
+    Returns
+    -------
+    Tensor
+        Shape [N], in nats; 0 without a label.
+
+    Examples
+    --------
+    >>> cross_entropies(torch.zeros(2, 4), torch.tensor([1, -1]))  # log 4
+    tensor([1.3863, 0.0000])
+    """
+    if not _batched(logits):
+        return F.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
+    of_label = F.log_softmax(logits, dim=-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return -of_label.where(labels >= 0, 0)
+
+
+def _batched(tensor: Tensor) -> bool:
+    """Return whether a tensor stands for those of several clients, in ``vmap``.
+
+    PyTorch then takes its own cross-entropy apart in Python, and imports SymPy for that, which takes half a second.
+    """
+    return torch._C._functorch.is_batchedtensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def not_true_mask(labels: Tensor, num_classes: int) -> Tensor:
@@ -244,7 +278,7 @@ def label_and_teacher(
     0.4332
     """
     taught = torch.ones_like(student_logits[:, 0]) if taught is None else taught
-    by_label = F.cross_entropy(at_least_float32(student_logits), labels, reduction="none")
+    by_label = cross_entropies(at_least_float32(student_logits), labels)
     by_teacher = kd(
         student_logits,
         teacher_logits,

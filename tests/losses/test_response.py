@@ -1,4 +1,5 @@
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from scipy.stats import pearsonr
 from torch.func import grad, vmap
 
 from fedkd.losses import cross_entropy, kd, not_true_mask
-from fedkd.losses.response import correlation, decoupled_kd
+from fedkd.losses.response import correlation, cross_entropies, decoupled_kd
 
 # Logits whose probabilities are simple: student (1/2, 1/2) and (3/4, 1/4), teacher (4/5, 1/5) and (1/2, 1/2).
 STUDENT = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]])
@@ -234,6 +235,37 @@ def test_wrong_shapes_and_choices_are_refused():
 
 def test_cross_entropy_by_hand():
     close(cross_entropy(STUDENT, torch.tensor([0, 1])), (math.log(2) + math.log(4)) / 2)
+
+
+def test_cross_entropies_by_hand():
+    np.testing.assert_allclose(cross_entropies(STUDENT, torch.tensor([0, 1])), [math.log(2), math.log(4)], rtol=1e-6)
+    np.testing.assert_allclose(
+        cross_entropies(STUDENT, torch.tensor([-1, 1])), [0.0, math.log(4)], rtol=1e-6
+    )  # without a label there is no loss
+
+
+def test_cross_entropy_of_several_clients_is_that_of_each_without_taking_it_apart(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    logits = 5 * torch.randn(3, 4, 6, dtype=torch.float64, generator=draw)
+    labels = torch.randint(-1, 6, (3, 4), generator=draw)
+    labels[1] = -1
+    monkeypatch.setitem(sys.modules, "torch.fx.experimental.symbolic_shapes", None)  # cannot be imported; with SymPy
+
+    def both(logits, labels):
+        per_sample = cross_entropies(logits, labels)
+        return per_sample, cross_entropy(logits, labels.clamp(min=0)) + per_sample.sum()
+
+    together = logits.clone().requires_grad_()
+    per_sample, total = vmap(both)(together, labels)
+    total.sum().backward()
+    for client in range(3):
+        probs = log_softmax(logits[client].numpy(), axis=1)
+        known = labels[client].numpy() >= 0
+        picked = -np.take_along_axis(probs, labels[client].clamp(min=0).numpy()[:, None], 1)[:, 0]
+        np.testing.assert_allclose(per_sample[client].detach(), picked * known)
+        np.testing.assert_allclose(total[client].detach(), picked.mean() + (picked * known).sum())
+        onehot = np.eye(6)[labels[client].clamp(min=0).numpy()]
+        np.testing.assert_allclose(together.grad[client], (np.exp(probs) - onehot) * (1 / 4 + known)[:, None])
 
 
 def test_decoupled_kd_by_hand():
