@@ -16,6 +16,7 @@ from torch import Tensor
 from fedkd.client.local import LocalTraining
 from fedkd.losses.response import kd
 from fedkd.models.generators import Generator, build_generator
+from fedkd.optimizers import SGD, Adam
 from fedkd.payloads import Knowledge, LabelCounts
 from fedkd.seeds import Purpose, torch_seed
 from fedkd.server.generation import Alternation, Generated, Teachers, diversity
@@ -137,8 +138,8 @@ class FedFTG(DistillationStrategy):
             alpha=by_class(counts),
             generator_loss=lambda batch: torch.stack(list(self.terms(batch, len(counts)).values())).sum(),
             student_loss=self.student_loss,
-            tune=torch.optim.Adam(self.generator.parameters(), lr=self.generator_lr * decay),
-            descend=torch.optim.SGD(student.parameters(), lr=self.lr * decay, weight_decay=self.weight_decay),
+            tune=Adam(self.generator.parameters(), self.generator_lr * decay),
+            descend=SGD(student.parameters(), self.lr * decay, weight_decay=self.weight_decay),
         )
         losses = turns.run(self.iterations, self.student_steps, self.batch_size, self.rng(), server.device)
         self.students = {arch: server.state_of(student)}

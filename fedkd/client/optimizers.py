@@ -5,82 +5,33 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.optim.sgd import sgd
 
 from fedkd.client.stacks import Places, times
+from fedkd.optimizers import SGD, Adam, Optimizer
 
 if TYPE_CHECKING:
     from fedkd.scenario import Client
 
 
-def make_optimizer(client: Client, model: nn.Module) -> torch.optim.Optimizer | SGD:
+def make_optimizer(client: Client, model: nn.Module) -> Optimizer:
     """Return a fresh optimiser as the scenario's client section says.
 
     Fused where it is faster on a CPU (half the time of a small model's step with Adam, no gain without momentum).
     """
     if client.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), lr=client.lr, weight_decay=client.weight_decay, fused=True)
-    return SGD(client, model)
-
-
-class SGD:
-    """`torch.optim.SGD`, to the bit, by its functional form.
-
-    The class makes torch import its compiler at the first step: a second or two in every process that starts.
-
-    Parameters
-    ----------
-    client : Client
-        The scenario's client section.
-    model : nn.Module
-        What is trained.
-    """
-
-    def __init__(self, client: Client, model: nn.Module) -> None:
-        self.client = client
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._values = [parameter.detach() for parameter in self.parameters]  # which autograd does not look after
-        self.param_groups: list[dict[str, Any]] = [{"lr": client.lr}]
-        self.state: dict[int, Tensor | None] = {}  # velocity by number of the parameter
-
-    def step(self) -> None:
-        """Take a step."""
-        if self.client.momentum or self.client.weight_decay:
-            return self._general()
-        rate = -self.param_groups[0]["lr"]
-        for parameter, values in zip(self.parameters, self._values):
-            if parameter.grad is not None:
-                values.add_(parameter.grad, alpha=rate)
-
-    @torch.no_grad()
-    def _general(self) -> None:
-        client = self.client
-        numbers = [number for number, parameter in enumerate(self.parameters) if parameter.grad is not None]
-        velocities = [self.state.get(number) for number in numbers]
-        sgd(
-            [self.parameters[number] for number in numbers],
-            [cast(Tensor, self.parameters[number].grad) for number in numbers],
-            velocities,
-            foreach=False,  # said, because finding out what is best takes longer than a small model's step
-            fused=bool(client.momentum),
-            weight_decay=client.weight_decay,
-            momentum=client.momentum,
-            lr=self.param_groups[0]["lr"],
-            dampening=0.0,
-            nesterov=client.nesterov,
-            maximize=False,
-        )
-        if client.momentum:
-            self.state.update(zip(numbers, velocities))
-
-    def zero_grad(self) -> None:
-        """Let go of the gradients."""
-        for parameter in self.parameters:
-            parameter.grad = None
+        return Adam(model.parameters(), client.lr, weight_decay=client.weight_decay, fused=True)
+    return SGD(
+        model.parameters(),
+        client.lr,
+        weight_decay=client.weight_decay,
+        momentum=client.momentum,
+        nesterov=client.nesterov,
+        fused=client.momentum > 0,
+    )
 
 
 def stacked_optimizer(client: Client, parameters: Mapping[str, Tensor]) -> StackedOptimizer:
@@ -161,7 +112,7 @@ class StackedSGD(StackedOptimizer):
 class StackedAdam(StackedOptimizer):
     """`torch.optim.Adam`, with its default betas and epsilon."""
 
-    BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
+    BETA1, BETA2, EPS = Adam.BETA1, Adam.BETA2, Adam.EPS
 
     def __init__(self, client: Client, parameters: Mapping[str, Tensor]) -> None:
         super().__init__(client, parameters)

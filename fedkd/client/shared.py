@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fedkd.client.optimizers import SGD, make_optimizer
+from fedkd.client.optimizers import make_optimizer
 from fedkd.models.base import bare_forward, has_hooks
+from fedkd.optimizers import Optimizer
 from fedkd.payloads import State
 from fedkd.students import has_batch_norm, travelling
 
@@ -44,7 +45,7 @@ class SharedModel:
         self.initial: State = {name: tensor.cpu().clone() for name, tensor in self.tensors.items()}
         self.travelling: State = {name: self.tensors[name] for name in travelling(model, buffers)}
         self.batch_norm = has_batch_norm(model)
-        self._optimizer: torch.optim.Optimizer | SGD | None = None
+        self._optimizer: Optimizer | None = None
         self._tenant: Student | None = None
 
     @property
@@ -90,7 +91,7 @@ class SharedModel:
             self._optimizer.zero_grad()
             self._optimizer.state.clear()
 
-    def optimizer(self, client: Client) -> torch.optim.Optimizer | SGD:
+    def optimizer(self, client: Client) -> Optimizer:
         """Return the model's optimiser as the scenario's client section says, with the bits of a fresh one."""
         if self._optimizer is None:
             self._optimizer = make_optimizer(client, self.module)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedkd.errors import RunError
 from fedkd.models.generators import Generator
+from fedkd.optimizers import Optimizer
 from fedkd.seeds import seeded
 from fedkd.server.runtime import ServerRuntime
 from fedkd.server.uploads import Upload
@@ -128,7 +129,7 @@ class Alternation:
         From a `Generated` batch to a scalar.
     student_loss : callable
         From the student's logits and the teachers' weighted mean of probabilities, both [n, C], to a scalar.
-    tune, descend : torch.optim.Optimizer
+    tune, descend : Optimizer
         Of the generator and of the student.
     """
 
@@ -139,8 +140,8 @@ class Alternation:
     alpha: Tensor
     generator_loss: Callable[[Generated], Tensor]
     student_loss: Callable[[Tensor, Tensor], Tensor]
-    tune: torch.optim.Optimizer
-    descend: torch.optim.Optimizer
+    tune: Optimizer
+    descend: Optimizer
 
     def run(
         self, iterations: int, student_steps: int, batch_size: int, rng: np.random.Generator, device: torch.device
@@ -181,8 +182,8 @@ class Alternation:
             _step(self.tune, self.generator_loss(batch))
 
 
-def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
-    optimizer.zero_grad(set_to_none=True)
+def _step(optimizer: Optimizer, loss: Tensor) -> Tensor:
+    optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     return loss.detach()

@@ -13,6 +13,7 @@ from fedkd.data.batches import ArrayData, epoch_order
 from fedkd.data.views import random_view
 from fedkd.errors import RunError
 from fedkd.losses.contrastive import nt_xent
+from fedkd.optimizers import Adam
 from fedkd.seeds import seeded
 from fedkd.students import autocast, borrowed
 
@@ -110,19 +111,19 @@ class SimCLR:
             projection = nn.Sequential(nn.Linear(depth, depth), nn.ReLU(), nn.Linear(depth, self.width)).to(device)
             # The head has no part in the loss: without gradients, the optimiser leaves it alone.
             trained = [*model.parameters(), *projection.parameters()]
-            optimizer = torch.optim.Adam(trained, lr=self.lr, weight_decay=self.weight_decay)
+            optimizer = Adam(trained, self.lr, weight_decay=self.weight_decay)
             for step, batch in enumerate(batches):
                 x = data.gather(batch, device=device, channels_last=self.channels_last).x
                 pair = [random_view(x, data.kind, views) for _ in range(2)]
                 with autocast(self.precision, device):
                     one, two = projection(model(torch.cat(pair)).features).chunk(2)
                 loss = nt_xent(one, two, temperature=self.temperature)
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 last = loss.detach()
                 first = last if step == 0 else first
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         if batches and not math.isfinite(float(last)):
             raise RunError(f"pre-training diverged: the loss is not finite; lower its learning rate ({self.lr:g})")
         return PretrainReport(len(batches), float(first), float(last))

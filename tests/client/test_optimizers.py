@@ -1,9 +1,5 @@
 """Stacked optimisers against PyTorch's, one for each client."""
 
-import subprocess
-import sys
-import textwrap
-
 import numpy as np
 import pytest
 import torch
@@ -119,42 +115,3 @@ def test_a_stack_that_will_be_changed_changes_nobody():
 def test_what_cannot_be_stacked_says_why(trees, reason):
     with pytest.raises(CannotVectorise, match=f"what is sent .*{reason}"):
         Stack(trees, "what is sent", CPU)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"weight_decay": 0.1}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}],
-    ids=str,
-)
-def test_sgd_has_the_bits_of_pytorchs(settings):
-    def trained(make):
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 3))
-        model[0].bias.requires_grad_(False)
-        optimizer = make(model)
-        for step in range(6):
-            optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
-            layers = model if step != 3 else model[:1]  # one step in which some have no gradient
-            layers(torch.randn(4, 5)).square().sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return [parameter.detach() for parameter in model.parameters()]
-
-    theirs = trained(lambda m: torch.optim.SGD(m.parameters(), 0.1, fused="momentum" in settings or None, **settings))
-    ours = trained(lambda m: make_optimizer(Client(lr=0.1, **settings), m))
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
-def test_sgd_does_without_pytorchs_compiler():
-    script = """
-        import sys, torch
-        from fedkd.client.optimizers import make_optimizer
-        from fedkd.scenario import Client
-
-        model = torch.nn.Linear(2, 2)
-        optimizer = make_optimizer(Client(momentum=0.9), model)
-        model(torch.ones(1, 2)).sum().backward()
-        optimizer.step()
-        assert "torch._dynamo" not in sys.modules
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
