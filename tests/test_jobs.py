@@ -110,7 +110,15 @@ def test_ctrl_c_ends_all_runs_and_the_same_command_goes_on(small, tmp_path):
     (tmp_path / "slow.toml").write_text(dump(scenario) + sweep)
     command = [sys.executable, "-c", "import sys; from fedkd.cli import main; sys.exit(main())", "run", "slow.toml"]
     command += ["--jobs", "2"]
-    driver = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    driver = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test run in a shell's background inherits that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     children = Path(f"/proc/{driver.pid}/task/{driver.pid}/children")
     wait_until(lambda: len([f for f in tmp_path.glob("runs/*/*/metrics.jsonl") if '"round"' in f.read_text()]) == 2)
     started = [int(pid) for pid in children.read_text().split()] if children.exists() else []
