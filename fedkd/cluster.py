@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedkd.errors import RunError
+from fedkd.kept import kept_workers
 from fedkd.threads import cores
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _started: tuple[str, dict[str, str]] = "", {}  # address of the Ray that is here
 
 @contextmanager
 def shared_engine(scenario: Scenario, meanwhile: Callable[[], T] = lambda: None) -> Iterator[T]:
-    """Keep one Ray for several runs: starting it takes seconds.
+    """Keep one Ray for several runs, and workers where the next run wants the same: starting them takes seconds.
 
     Parameters
     ----------
@@ -48,7 +49,8 @@ def shared_engine(scenario: Scenario, meanwhile: Callable[[], T] = lambda: None)
     threading.Thread(target=_fill, args=(done, meanwhile), name="fedkd-prepare", daemon=True).start()
     try:
         start_ray(scenario.system.address, scenario.system.workers)
-        yield done.result()
+        with kept_workers():
+            yield done.result()
     finally:  # also of a start that Ctrl-C has interrupted
         ray.shutdown()
 

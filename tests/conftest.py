@@ -39,14 +39,20 @@ NEEDS |= {name: {"proxy__labelled": True} for name in ("fedgems", "fedmd")}
 
 @pytest.fixture(scope="session")
 def ray_started():
-    """Return a function that starts Ray with two CPUs, unless it runs; every RayGrid joins it."""
+    """Return a function that starts Ray with two CPUs, unless it runs; every RayGrid joins it.
+
+    Workers are kept from test to test, as they are from run to run of a sweep.
+    """
     import ray
+
+    from fedkd.kept import kept_workers
 
     def start():
         if not ray.is_initialized():
             ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 
-    yield start
+    with kept_workers():
+        yield start
     ray.shutdown()
 
 
@@ -54,6 +60,14 @@ def ray_started():
 def ray_session(ray_started):
     """Ray, started once, and again where Flower's simulation has ended it."""
     ray_started()
+
+
+@pytest.fixture
+def ray_for_others(ray_session):
+    """Ray with all its CPUs free, for Flower's own simulation."""
+    from fedkd.kept import release
+
+    release()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-FLOOR = {"errors", "seeds", "files", "threads", "wording", "arrays", "cohorts", "meeting"}
+FLOOR = {"errors", "seeds", "files", "threads", "wording", "arrays", "cohorts", "meeting", "optimizers"}
 BASE = FLOOR | {"codecs", "scenario", "options", "payloads", "plugins", "models", "losses", "data"}
 HALVES = BASE | {"students", "flower", "client", "server"}
 WIRED = HALVES | {
@@ -47,7 +47,9 @@ ARROWS: dict[str, set[str]] = {
     "options": FLOOR,
     "plugins": FLOOR | {"scenario", "options"},
     "methods": FLOOR | {"plugins"},
-    "cluster": {"errors", "threads", "scenario"},
+    "optimizers": set(),
+    "kept": set(),
+    "cluster": {"errors", "threads", "scenario", "kept"},
     "listening": HALVES | {"preflight"},
     "models": BASE,
     "losses": BASE,
@@ -59,7 +61,7 @@ ARROWS: dict[str, set[str]] = {
     "server": HALVES | {"engine"},  # a strategy names the client half it goes with
     "privacy": HALVES,
     # Flower and Ray, nothing of distillation.
-    "engine": {"errors", "seeds", "threads", "arrays", "cohorts", "meeting", "cluster"},
+    "engine": {"errors", "seeds", "threads", "arrays", "cohorts", "meeting", "cluster", "kept"},
     "checkpoint": FLOOR | {"payloads"},
     "environment": BASE | {"students"},
     "checks": HALVES | {"engine"},

@@ -117,7 +117,7 @@ def test_every_other_method_has_the_same_bits_on_workers(small, fast, needs, tmp
     ],
     ids=["feddf", "dsfl, attacked"],
 )
-def test_flowers_own_runtime_gives_the_same_metrics(small, tmp_path, strategy, attacks, ray_session):
+def test_flowers_own_runtime_gives_the_same_metrics(small, tmp_path, strategy, attacks, ray_for_others):
     from flwr.simulation import run_simulation
 
     from fedkd.client.handlers import make_app as client_app

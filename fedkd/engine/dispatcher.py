@@ -123,6 +123,11 @@ class Dispatcher(threading.Thread):
 
     # ---- called by others
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether workers have jobs that nobody waits for any more; to be asked after `stop`."""
+        return bool(self._in_flight)
+
     def job(self, number: int) -> Job:
         """Return a job."""
         return self._jobs[number]

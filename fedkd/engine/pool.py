@@ -18,6 +18,7 @@ from flwr.common.constant import ErrorCode
 from ray import cloudpickle
 from ray.exceptions import RayError, RayTaskError
 
+from fedkd import kept
 from fedkd.cluster import runtime_env, start_ray
 from fedkd.engine.dispatcher import RETRIES, Dispatcher, Done, Job, Pieces, cause
 from fedkd.engine.machines import machines
@@ -66,15 +67,16 @@ class Pool:
         try:
             workers = workers or sum(int(node.cpus) for node in machines(gpus=False))
             _check_room(workers, gpus_per_worker)
-            self._make = ray.remote(Worker).options(
-                num_cpus=1,
-                num_gpus=gpus_per_worker,
-                memory=worker_bytes or None,
-                runtime_env=runtime_env(),
-            )
+            options = {"num_gpus": gpus_per_worker, "memory": worker_bytes or None, "runtime_env": runtime_env()}
+            self._make = ray.remote(Worker).options(num_cpus=1, **options)
             self._has_gpus = gpus_per_worker > 0
             self._parts = [ray.put(part) for part in parts]
-            self.actors: list[Any] = [self._make.remote(*self._parts) for _ in range(workers)]
+            self._kind = kept.kind_of(workers, options)
+            self.actors: list[Any] = kept.take(self._kind)
+            if self.actors:
+                self.tell("begin", *self._parts)
+            else:
+                self.actors = [self._make.remote(*self._parts) for _ in range(workers)]
             self.loading: dict[int, Any] = {place: a.load.remote() for place, a in enumerate(self.actors)}
         except BaseException:
             if self._started_ray:
@@ -84,6 +86,7 @@ class Pool:
         self._stillborn = Counter[int]()
         self._dispatchers: set[Dispatcher] = set()
         self._started = self._closed = False
+        self._tidy = True  # whether workers have nothing left to do
 
     def get(self, refs: list[Any]) -> list[Any]:
         """Fetch objects."""
@@ -199,18 +202,23 @@ class Pool:
             yield result
         finally:
             dispatcher.stop()
+            self._tidy &= not dispatcher.unfinished
             self._dispatchers.discard(dispatcher)
             if self._has_gpus and not (self._dispatchers or self._closed):  # nothing more is queued for anybody
                 self.tell("idle")
 
     def close(self) -> None:
-        """Stop the workers, and Ray where this pool started it. May be called twice."""
+        """Stop the workers, or keep them for another pool, and stop Ray where this pool started it.
+
+        May be called twice.
+        """
         if self._closed:
             return
         self._closed = True
+        tidy = self._started and self._tidy and not (self._dispatchers or self.gone)
         for dispatcher in list(self._dispatchers):
             dispatcher.stop()
-        if ray.is_initialized():
+        if ray.is_initialized() and not (tidy and not self._started_ray and kept.keep(self._kind, self.actors)):
             for actor in self.actors:
                 ray.kill(actor, no_restart=True)
             if self._started_ray:

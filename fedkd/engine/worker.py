@@ -1,6 +1,7 @@
 """What computes for clients: one loaded app that answers the messages of a cohort, in any process."""
 
 import copy
+import gc
 import os
 import pickle
 import time
@@ -236,8 +237,18 @@ class Worker:
 
     def __init__(self, app_factory: AppFactory, num_partitions: int, run_config: dict[str, Any]) -> None:
         torch.set_num_threads(1)
+        self.begin(app_factory, num_partitions, run_config)
+
+    def begin(self, app_factory: AppFactory, num_partitions: int, run_config: dict[str, Any]) -> None:
+        """Forget everything, and work for another federation from now on."""
         self._parts = app_factory, num_partitions, run_config
         self._runner: CohortRunner | None = None
+
+    def rest(self) -> None:
+        """Let go of the app and all that it keeps: nobody knows when, and by whom, this worker will be wanted."""
+        self._runner = None
+        gc.collect()
+        self.idle()
 
     def load(self) -> None:
         """Load the app, unless it is loaded; raises what the factory raises."""

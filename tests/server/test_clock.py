@@ -377,7 +377,7 @@ def test_times_and_results_are_the_same_on_ray(small, tmp_path, ray_session, str
     assert written(on_ray) == written(inline)
 
 
-def test_flowers_own_runtime_gives_the_same_times_and_faults(small, federate, ray_session):
+def test_flowers_own_runtime_gives_the_same_times_and_faults(small, federate, ray_for_others):
     from flwr.simulation import run_simulation
 
     from fedkd.client.handlers import make_app as client_app
