@@ -28,7 +28,7 @@ class Optimizer(ABC):
     weight_decay : float
         Share of the parameter that is added to its gradient. Default: 0.
     fused : bool
-        One call for all tensors instead of a dozen for each, where PyTorch can. Rounds otherwise. Default: no.
+        One call for all tensors instead of a dozen for each, where PyTorch can; rounds differently. Default: no.
 
     Attributes
     ----------
@@ -47,8 +47,8 @@ class Optimizer(ABC):
         self.weight_decay = weight_decay
         on_cpu = all(parameter.device.type == "cpu" for parameter in self.parameters)
         # On CPUs said, because finding out what is best takes longer than a small model's step.
-        one_by_one = False if fused or on_cpu else None
-        self.how: dict[str, Any] = {"fused": fused or None, "foreach": one_by_one}
+        foreach = False if fused or on_cpu else None
+        self.how: dict[str, Any] = {"fused": fused or None, "foreach": foreach}
 
     @property
     def lr(self) -> float:
@@ -106,12 +106,15 @@ class SGD(Optimizer):
 
     def step(self) -> None:
         """Take a step."""
-        if self.momentum or self.weight_decay:
+        if self.momentum or self.weight_decay or self.how["foreach"] is None:
             return self._general()
         rate = -self.lr
-        for parameter, values in zip(self.parameters, self._values):
-            if parameter.grad is not None:
-                values.add_(parameter.grad, alpha=rate)
+        for number, parameter in enumerate(self.parameters):
+            if parameter.grad is None:
+                continue
+            if self._values[number].data_ptr() != parameter.data_ptr():  # the model was elsewhere, or of another type
+                self._values[number] = parameter.detach()
+            self._values[number].add_(parameter.grad, alpha=rate)
 
     @torch.no_grad()
     def _general(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-FLOOR = {"errors", "seeds", "files", "threads", "wording", "arrays", "cohorts", "meeting", "optimizers"}
+FLOOR = {"errors", "seeds", "files", "threads", "wording", "arrays", "cohorts", "meeting", "optimizers", "caches"}
 BASE = FLOOR | {"codecs", "scenario", "options", "payloads", "plugins", "models", "losses", "data"}
 HALVES = BASE | {"students", "flower", "client", "server"}
 WIRED = HALVES | {
@@ -48,6 +48,7 @@ ARROWS: dict[str, set[str]] = {
     "plugins": FLOOR | {"scenario", "options"},
     "methods": FLOOR | {"plugins"},
     "optimizers": set(),
+    "caches": set(),
     "kept": set(),
     "cluster": {"errors", "threads", "scenario", "kept"},
     "listening": HALVES | {"preflight"},
@@ -61,7 +62,7 @@ ARROWS: dict[str, set[str]] = {
     "server": HALVES | {"engine"},  # a strategy names the client half it goes with
     "privacy": HALVES,
     # Flower and Ray, nothing of distillation.
-    "engine": {"errors", "seeds", "threads", "arrays", "cohorts", "meeting", "cluster", "kept"},
+    "engine": {"errors", "seeds", "threads", "arrays", "cohorts", "meeting", "cluster", "kept", "caches"},
     "checkpoint": FLOOR | {"payloads"},
     "environment": BASE | {"students"},
     "checks": HALVES | {"engine"},

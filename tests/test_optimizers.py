@@ -14,10 +14,13 @@ from fedkd.scenario import Client
 RATE = 0.1
 
 
-def trained(make, again=None):
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+def trained(make, again=None, device="cpu"):
     """Return a model's parameters after six steps; after three of them, `again` may change the optimiser."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 3))
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 3)).to(device)
     model[0].bias.requires_grad_(False)
     optimizer = make(model)
     for step in range(6):
@@ -26,7 +29,7 @@ def trained(make, again=None):
         for group in optimizer.param_groups:
             group["lr"] = RATE / (1 + step)
         layers = model if step != 3 else model[:1]  # one step in which some have no gradient
-        layers(torch.randn(4, 5)).square().sum().backward()
+        layers(torch.randn(4, 5).to(device)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     return [parameter.detach() for parameter in model.parameters()]
@@ -46,17 +49,19 @@ SGDS = [
 ADAMS = [{}, {"weight_decay": 0.1}]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("settings", SGDS, ids=str)
-def test_sgd_has_the_bits_of_pytorchs(settings):
-    theirs = trained(lambda m: torch.optim.SGD(m.parameters(), RATE, **settings))
-    assert equal(trained(lambda m: SGD(m.parameters(), RATE, **settings)), theirs)
+def test_sgd_has_the_bits_of_pytorchs(settings, device):
+    theirs = trained(lambda m: torch.optim.SGD(m.parameters(), RATE, **settings), device=device)
+    assert equal(trained(lambda m: SGD(m.parameters(), RATE, **settings), device=device), theirs)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("settings", [*ADAMS, {"amsgrad": True}], ids=str)
-def test_adam_has_the_bits_of_pytorchs(settings, fused):
-    theirs = trained(lambda m: torch.optim.Adam(m.parameters(), RATE, fused=fused, **settings))
-    assert equal(trained(lambda m: Adam(m.parameters(), RATE, fused=fused, **settings)), theirs)
+def test_adam_has_the_bits_of_pytorchs(settings, fused, device):
+    theirs = trained(lambda m: torch.optim.Adam(m.parameters(), RATE, fused=fused, **settings), device=device)
+    assert equal(trained(lambda m: Adam(m.parameters(), RATE, fused=fused, **settings), device=device), theirs)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +92,17 @@ def test_what_is_remembered_is_all_that_a_fresh_one_needs_to_go_on(make):
 
     assert equal(trained(make, again), trained(make))
     assert not equal(trained(make, lambda model, optimizer: make(model)), trained(make))
+
+
+def test_a_model_that_was_elsewhere_goes_on_learning():
+    def moved(model, optimizer):
+        model.double().float()  # its parameters have other memory now, as after a visit to a GPU
+        return optimizer
+
+    def make(model):
+        return SGD(model.parameters(), RATE)
+
+    assert equal(trained(make, moved), trained(make))
 
 
 def test_nothing_imports_pytorchs_compiler():

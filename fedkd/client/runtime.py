@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from flwr.app import Context
 from torch import nn
 
 from fedkd import plugins
 from fedkd.arrays import array_record
+from fedkd.caches import cached
 from fedkd.client.local import LocalTraining
 from fedkd.client.shared import SharedModel
 from fedkd.client.student import Student
@@ -109,7 +108,7 @@ def _recall(context: Context) -> State:
     return {name: torch.from_numpy(array.numpy()) for name, array in kept.items()} if kept else {}
 
 
-@lru_cache(maxsize=4)
+@cached(maxsize=4)
 def runtime_of(scenario_json: str) -> Runtime:
     """Return this process's runtime for a scenario in JSON, built once."""
     return Runtime(Scenario.model_validate_json(scenario_json))

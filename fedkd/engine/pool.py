@@ -72,12 +72,12 @@ class Pool:
             self._has_gpus = gpus_per_worker > 0
             self._parts = [ray.put(part) for part in parts]
             self._kind = kept.kind_of(workers, options)
-            self.actors: list[Any] = kept.take(self._kind)
-            if self.actors:
-                self.tell("begin", *self._parts)
-            else:
-                self.actors = [self._make.remote(*self._parts) for _ in range(workers)]
-            self.loading: dict[int, Any] = {place: a.load.remote() for place, a in enumerate(self.actors)}
+            rested = kept.take(self._kind)
+            self.actors: list[Any] = rested or [self._make.remote(*self._parts) for _ in range(workers)]
+            self.loading: dict[int, Any] = {
+                place: actor.begin.remote(*self._parts) if rested else actor.load.remote()
+                for place, actor in enumerate(self.actors)
+            }
         except BaseException:
             if self._started_ray:
                 ray.shutdown()
@@ -215,7 +215,8 @@ class Pool:
         if self._closed:
             return
         self._closed = True
-        tidy = self._started and self._tidy and not (self._dispatchers or self.gone)
+        # On GPUs each run begins with another kind of worker, and those that wait would hold memory.
+        tidy = self._started and self._tidy and not (self._dispatchers or self.gone or self._has_gpus)
         for dispatcher in list(self._dispatchers):
             dispatcher.stop()
         if ray.is_initialized() and not (tidy and not self._started_ray and kept.keep(self._kind, self.actors)):

@@ -17,6 +17,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
 from fedkd.arrays import BufferArray, buffered
+from fedkd.caches import forget
 from fedkd.cohorts import Parts
 from fedkd.engine.measure import Measured, measure
 from fedkd.meeting import meet
@@ -237,27 +238,30 @@ class Worker:
 
     def __init__(self, app_factory: AppFactory, num_partitions: int, run_config: dict[str, Any]) -> None:
         torch.set_num_threads(1)
-        self.begin(app_factory, num_partitions, run_config)
-
-    def begin(self, app_factory: AppFactory, num_partitions: int, run_config: dict[str, Any]) -> None:
-        """Forget everything, and work for another federation from now on."""
-        self._parts = app_factory, num_partitions, run_config
+        self._parts: tuple[AppFactory, int, dict[str, Any]] | None = (app_factory, num_partitions, run_config)
         self._runner: CohortRunner | None = None
 
     def rest(self) -> None:
-        """Let go of the app and all that it keeps: nobody knows when, and by whom, this worker will be wanted."""
-        self._runner = None
+        """Let go of the app and of what this process keeps for it: nobody knows when this worker will be wanted."""
+        self._parts = self._runner = None
+        forget()
         gc.collect()
-        self.idle()
+
+    def begin(self, app_factory: AppFactory, num_partitions: int, run_config: dict[str, Any]) -> None:
+        """Load another app, after a rest; raises what the factory raises."""
+        self._parts = app_factory, num_partitions, run_config
+        self.load()
 
     def load(self) -> None:
         """Load the app, unless it is loaded; raises what the factory raises."""
         if self._runner is None:
+            assert self._parts is not None  # a worker that rests has to begin first
             factory, num_partitions, run_config = self._parts
             self._runner = CohortRunner(factory(), num_partitions, run_config)
 
     def replace_app(self, app_factory: AppFactory) -> None:
         """Make the next app by another factory."""
+        assert self._parts is not None
         self._parts = app_factory, *self._parts[1:]
         self._runner = None
 

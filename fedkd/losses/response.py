@@ -43,7 +43,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     Tensor
         Scalar, in nats.
     """
-    return cross_entropies(logits, labels).mean() if _batched(logits) else F.cross_entropy(logits, labels)
+    return _by_sample(logits, labels).mean() if _batched(logits) else F.cross_entropy(logits, labels)
 
 
 def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
@@ -66,10 +66,14 @@ def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
     >>> cross_entropies(torch.zeros(2, 4), torch.tensor([1, -1]))  # log 4
     tensor([1.3863, 0.0000])
     """
+    return _by_sample(logits, labels.clamp(min=0)).where(labels >= 0, 0)
+
+
+def _by_sample(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return each sample's cross-entropy with its label, which it must have."""
     if not _batched(logits):
-        return F.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
-    of_label = F.log_softmax(logits, dim=-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return -of_label.where(labels >= 0, 0)
+        return F.cross_entropy(logits, labels, reduction="none")
+    return -F.log_softmax(logits, dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
 def _batched(tensor: Tensor) -> bool:
@@ -278,7 +282,7 @@ def label_and_teacher(
     0.4332
     """
     taught = torch.ones_like(student_logits[:, 0]) if taught is None else taught
-    by_label = cross_entropies(at_least_float32(student_logits), labels)
+    by_label = _by_sample(at_least_float32(student_logits), labels)
     by_teacher = kd(
         student_logits,
         teacher_logits,

@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor, nn
 
+from fedkd.caches import cached
 from fedkd.data.batches import ArrayData
 from fedkd.data.federation import Federation, build_federation
 from fedkd.errors import KnowledgeError
@@ -213,7 +213,7 @@ class Site:
         return self._models[arch]
 
 
-@lru_cache(maxsize=4)
+@cached(maxsize=4)
 def site_of(scenario_json: str) -> Site:
     """Return this process's site for a scenario in JSON, built once."""
     return Site(Scenario.model_validate_json(scenario_json))

@@ -420,11 +420,7 @@ def _finite_weights(model: nn.Module) -> bool:
 def _memory(optimizer: Optimizer, model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Return the optimiser's state by the names of the parameters, on the CPU."""
     return {
-        name: {
-            key: value.detach().to("cpu", copy=True)
-            for key, value in optimizer.state.get(parameter, {}).items()
-            if isinstance(value, Tensor)
-        }
+        name: {key: value.detach().to("cpu", copy=True) for key, value in optimizer.state.get(parameter, {}).items()}
         for name, parameter in model.named_parameters()
     }
 

@@ -11,6 +11,20 @@ from fedkd.engine import Nodes, RayGrid
 from fedkd.errors import RunError
 
 
+def broken():
+    raise ValueError("cannot be read")
+
+
+class Unreadable:
+    """An app factory that can be sent, and not be received."""
+
+    def __call__(self):
+        raise AssertionError
+
+    def __reduce__(self):
+        return broken, ()
+
+
 @pytest.fixture
 def grid_of(ray_session, apps):
     """Return a function that opens a grid whose workers count a client's calls."""
@@ -68,6 +82,35 @@ def test_another_app_is_loaded(grid_of, replies):
 
     with grid_of(app=other) as grid:
         assert replies(grid) == [{"other": 1}] * 8
+
+
+def test_workers_that_rest_have_let_go_of_everything(grid_of, replies):
+    def held():
+        import gc
+
+        from fedkd.caches import cached
+        from fedkd.engine.worker import CohortRunner
+
+        cached(maxsize=1)(list)(())  # something of the run, which is gone when this is asked again
+        from fedkd import caches
+
+        full = [clear.__self__.cache_info().currsize for clear in caches._forgetting]
+        return sum(isinstance(each, CohortRunner) for each in gc.get_objects()), sum(full)
+
+    with grid_of() as grid:
+        replies(grid)
+        actor = grid._pool.actors[0]
+        assert ray.get(actor.compute.remote(held, [])) == (1, 1)
+    assert ray.get(actor.compute.remote(held, [])) == (0, 1)  # the first entry is gone, the second has come
+    with grid_of() as grid:
+        replies(grid)
+
+
+def test_an_app_that_cannot_be_had_is_an_error_and_not_the_one_before(grid_of, replies):
+    with grid_of() as grid:
+        replies(grid)
+    with grid_of(app=Unreadable()) as grid, pytest.raises(RunError, match="cannot be read"):
+        replies(grid)
 
 
 def test_workers_that_are_busy_are_not_kept(grid_of, replies, apps):

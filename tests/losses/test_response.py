@@ -244,6 +244,14 @@ def test_cross_entropies_by_hand():
     )  # without a label there is no loss
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_a_label_that_is_missing_where_there_must_be_one_is_an_error(together):
+    call = vmap(cross_entropy) if together else cross_entropy
+    logits, labels = torch.zeros(2, 3, 4), torch.tensor([[0, 1, -1], [1, 2, 3]])
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        call(logits, labels) if together else call(logits[0], labels[0])
+
+
 def test_cross_entropy_of_several_clients_is_that_of_each_without_taking_it_apart(monkeypatch):
     draw = torch.Generator().manual_seed(0)
     logits = 5 * torch.randn(3, 4, 6, dtype=torch.float64, generator=draw)
