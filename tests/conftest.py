@@ -1,5 +1,6 @@
 """Fixtures that all tests may ask for."""
 
+import gc
 import os
 
 import pytest
@@ -35,6 +36,12 @@ FAST = {
 # What a method needs of the scenario beside the proxy set that all have.
 NEEDS = {name: {"proxy__server_labels": 30} for name in ("fedgkd_vote", "fedcad", "fedssd")}
 NEEDS |= {name: {"proxy__labelled": True} for name in ("fedgems", "fedmd")}
+
+
+def pytest_collection_finish(session):
+    """Take what has been imported out of the collector's sight: some of Flower's strategies call it for every reply."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
