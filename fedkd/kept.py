@@ -24,7 +24,15 @@ def kept_workers() -> Iterator[None]:
 
 
 def keep(kind: Any, workers: list[Any]) -> bool:
-    """Keep workers, unless nobody will want them; return whether they are kept."""
+    """Keep workers, unless nobody will want them; return whether they are kept.
+
+    Parameters
+    ----------
+    kind : tuple
+        What `kind_of` returned for them.
+    workers : list
+        Handles of Ray actors that have a method ``rest``.
+    """
     global _kept
     if not _keeping:
         return False
@@ -36,7 +44,10 @@ def keep(kind: Any, workers: list[Any]) -> bool:
 
 
 def take(kind: Any) -> list[Any]:
-    """Return the workers that are kept, if they are of this kind. Others are ended: they hold CPUs, or a GPU."""
+    """Return the workers that are kept, if they are of this kind; none otherwise.
+
+    Those of another kind are ended: they hold CPUs that the caller needs.
+    """
     global _kept
     if _kept is None or _kept[0] != kind:
         release()

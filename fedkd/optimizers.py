@@ -1,7 +1,7 @@
 """PyTorch's optimisers, to the bit, by their functional forms.
 
-The first object of a class in ``torch.optim`` makes PyTorch import its compiler: a second or two in every process that
-trains. Here are those classes that clients and the server use, with as much of their interface as is needed.
+The first object of a class in ``torch.optim`` makes PyTorch import its compiler, in every process that trains. Here are
+those classes that clients and the server use, with as much of their interface as is needed.
 """
 
 from __future__ import annotations

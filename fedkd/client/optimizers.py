@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def make_optimizer(client: Client, model: nn.Module) -> Optimizer:
     """Return a fresh optimiser as the scenario's client section says.
 
-    Fused where it is faster on a CPU (half the time of a small model's step with Adam, no gain without momentum).
+    Fused where that is faster on a CPU: there is no gain without momentum.
     """
     if client.optimizer == "adam":
         return Adam(model.parameters(), client.lr, weight_decay=client.weight_decay, fused=True)
