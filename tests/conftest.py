@@ -1,6 +1,5 @@
 """Fixtures that all tests may ask for."""
 
-import gc
 import os
 
 import pytest
@@ -9,6 +8,11 @@ import pytest
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+# Ray notices within seconds that a node has gone; by default it waits longer.
+os.environ["RAY_health_check_initial_delay_ms"] = "0"
+os.environ["RAY_health_check_period_ms"] = "500"
+os.environ["RAY_health_check_timeout_ms"] = "2000"
+os.environ["RAY_health_check_failure_threshold"] = "4"
 
 
 # Methods with settings that make a round short.
@@ -38,10 +42,14 @@ NEEDS = {name: {"proxy__server_labels": 30} for name in ("fedgkd_vote", "fedcad"
 NEEDS |= {name: {"proxy__labelled": True} for name in ("fedgems", "fedmd")}
 
 
-def pytest_collection_finish(session):
-    """Take what has been imported out of the collector's sight: some of Flower's strategies call it for every reply."""
-    gc.collect()
-    gc.freeze()
+def pytest_collection_modifyitems(items):
+    """Keep tests with Ray in one process where pytest-xdist runs several: two Rays would share the cores.
+
+    Modules that start Ray otherwise than by a fixture have the same mark.
+    """
+    for item in items:
+        if "ray_started" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 @pytest.fixture(scope="session")

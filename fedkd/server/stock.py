@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import inspect
 import random
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -174,7 +176,8 @@ class StockStrategy(DistillationStrategy):
             loss = upload.knowledge.metrics.get("loss", 0.0)
             metrics = MetricRecord({NUM_EXAMPLES: upload.num_examples, "loss": loss})
             replies.append(make_message(upload.message.metadata, _separate(upload.message.content, metrics)))
-        arrays, _ = self.inner.aggregate_train(self.round, replies)
+        with _collecting_little():
+            arrays, _ = self.inner.aggregate_train(self.round, replies)
         if arrays is None:
             raise RunError(f"round {self.round}: flwr:{self.inner_class.__name__} could not aggregate the replies")
         self.students = {self.arch: _like(weights.state, arrays)}
@@ -189,6 +192,22 @@ class StockStrategy(DistillationStrategy):
         super().load_state_dict(state)
         for name, value in state["inner"].items():
             setattr(self.inner, name, _from_tree(value))
+
+
+@contextmanager
+def _collecting_little() -> Iterator[None]:
+    """Keep the garbage collector from what is there already.
+
+    Some of Flower's strategies collect for every reply, which takes long where much has been imported.
+    """
+    ours = not gc.get_freeze_count()  # else somebody has done so, and wants it to stay
+    if ours:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if ours:
+            gc.unfreeze()
 
 
 def _field(parameter: inspect.Parameter, kind: type) -> Any:

@@ -5,6 +5,10 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.xdist_group("ray")
+
 SCRIPT = """
 import json, sys, time
 from pathlib import Path
@@ -46,7 +50,7 @@ class Leaves(Seen):
 
     def event(self, event):
         super().event(event)
-        if event["event"] == "started" and event["round"] == 2:  # both workers take part
+        if self.node is not None and event["event"] == "started" and event["round"] == 2:  # both workers take part
             while ray.available_resources().get("CPU", 0):
                 time.sleep(0.1)
             time.sleep(3)

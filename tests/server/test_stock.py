@@ -1,5 +1,7 @@
 """Flower's own strategies between our selection and our evaluation."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -56,6 +58,28 @@ def test_their_sampling_does_not_touch_the_global_generator(small, federate):
     expected = random.Random(3).random()
     federate(small("flwr:FedAvg"), rounds=1)
     assert random.random() == expected
+
+
+def test_the_collector_looks_at_little_while_they_aggregate(small, federate, monkeypatch):
+    frozen = []
+    flowers = stock_class("QFedAvg").inner_class
+    original = flowers.aggregate_train
+
+    def aggregate(self, *args):
+        frozen.append(gc.get_freeze_count())
+        return original(self, *args)
+
+    monkeypatch.setattr(flowers, "aggregate_train", aggregate)
+    scenario = small({"name": "flwr:QFedAvg", "client_learning_rate": 0.1})
+    federate(scenario, rounds=1)
+    assert frozen.pop() > 100_000  # what has been imported
+    assert gc.get_freeze_count() == 0
+    gc.freeze()  # somebody else's stays
+    try:
+        federate(scenario, rounds=1)
+        assert gc.get_freeze_count() > 100_000
+    finally:
+        gc.unfreeze()
 
 
 def test_what_cannot_run_is_refused_with_a_way_out():
