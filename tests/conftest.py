@@ -9,10 +9,8 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 # Ray notices within seconds that a node has gone; by default it waits longer.
-os.environ["RAY_health_check_initial_delay_ms"] = "0"
-os.environ["RAY_health_check_period_ms"] = "500"
-os.environ["RAY_health_check_timeout_ms"] = "2000"
-os.environ["RAY_health_check_failure_threshold"] = "4"
+HEALTH_CHECK = {"initial_delay_ms": 0, "period_ms": 500, "timeout_ms": 2000, "failure_threshold": 4}
+os.environ.update({f"RAY_health_check_{name}": str(value) for name, value in HEALTH_CHECK.items()})
 
 
 # Methods with settings that make a round short.
