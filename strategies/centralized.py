@@ -39,7 +39,7 @@ class Centralized(DistillationStrategy):
     distils_on: ClassVar[Literal["", "clients", "server", "both"]] = ""
     server_data: ClassVar[str] = "all clients' training data"
     differences: ClassVar[str] = "A baseline without a paper: what one client that holds all data would do."
-    verified: ClassVar[str] = "with one client the bits of FedAvg; bytes; resume"
+    verified: ClassVar[str] = "with one client and one server thread the bits of FedAvg; bytes; resume"
 
     def bind(self, server: Any) -> None:
         """Gather the ids of everybody's samples."""

@@ -33,13 +33,15 @@ class GlobalDistillation(LocalTraining):
     method: FedGKD
 
     def absorb(self, student: Student, knowledge: Knowledge) -> Aux:
-        """Load the weights; the teacher is the buffer's mean if it was sent, else the received model itself.
+        """Load the weights; the teacher is the buffer's mean, with M = 1 the received model itself.
 
-        No teacher in round 1: the initial model knows nothing.
+        No teacher before there is a trained model: the initial one knows nothing.
         """
         super().absorb(student, knowledge)
-        if student.round > 1:
-            student.teach(knowledge.get(Weights, "teacher" if "teacher" in knowledge else "weights"))
+        if "teacher" in knowledge:
+            student.teach(knowledge.get(Weights, "teacher"))
+        elif self.method.buffer == 1 and student.round > 1:
+            student.teach(knowledge.get(Weights))
         return {}
 
     def loss(
@@ -50,7 +52,7 @@ class GlobalDistillation(LocalTraining):
         teachers: tuple[Outputs, ...],
         aux: Aux,
     ) -> dict[str, Tensor]:
-        """Cross-entropy + c·T²·KL(teacher ‖ student), mean over the batch, T² on (paper and code)."""
+        """Cross-entropy + c·T²·KL(teacher ‖ student), mean over the batch, T² as in the released code."""
         terms = super().loss(params, batch, out, teachers, aux)
         if not teachers:
             return {**terms, "kd": 0.0 * terms["ce"]}
@@ -80,7 +82,7 @@ class VotedDistillation(GlobalDistillation):
     def absorb(self, student: Student, knowledge: Knowledge) -> Aux:
         """Load the weights; they are the first teacher, the older global models that were sent are the others."""
         LocalTraining.absorb(self, student, knowledge)
-        if "teacher-weights" not in knowledge:  # round 1: the initial model knows nothing
+        if "teacher-weights" not in knowledge:  # nobody has trained the initial model, which knows nothing
             return {}
         votes = knowledge.get(TeacherWeights)
         votes.check()
@@ -100,7 +102,8 @@ class FedGKD(FedAvg):
     """Yao et al., FedGKD: Toward Heterogeneous Federated Learning via Global Knowledge Distillation, 2021.
 
     Clients distil from the *weight* average of the last M global models. Averages are uniform. With M = 1 the
-    teacher is the received model and nothing more travels than in FedAvg.
+    teacher is the received model and nothing more travels than in FedAvg. Of several architectures each has its own
+    buffer, into which its averages go; with M = 1 one that nobody has trained by round 2 teaches untrained.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2107.00051"
@@ -110,14 +113,17 @@ class FedGKD(FedAvg):
     pitfalls: ClassVar[str] = "the paper writes the coefficient as γ/2 with γ = 0.2; the code as 0.1"
     distils_on: ClassVar[Literal["", "clients", "server", "both"]] = "clients"
     differences: ClassVar[str] = (
-        "Paper and released code agree: uniform averages, M = 5, c = 0.1, T = 1, T², mean over the batch, no teacher "
-        'in round 1. kind = "mse" follows the code, a mean over samples and classes.'
+        "The defaults are the released code's: uniform averages, M = 5, c = 0.1, T = 1, T², mean over the batch, no "
+        'teacher in round 1; of the paper only γ = 0.2, which is the same c, was at hand. kind = "mse" is a mean over '
+        "samples and classes, as in the code."
     )
-    verified: ClassVar[str] = "loss and teacher by hand, c = 0 against FedAvg, bytes, resume"
+    verified: ClassVar[str] = (
+        "loss and teacher by hand, what a client takes as teacher, c = 0 against FedAvg, bytes, resume"
+    )
     local = GlobalDistillation
 
     weighting: Literal["examples", "uniform"] = field(  # pyright: ignore[reportIncompatibleVariableOverride]
-        default="uniform", metadata={"help": "weights of the average: 1 / K (paper and code), or n_k / n"}
+        default="uniform", metadata={"help": "weights of the average: 1 / K (code), or n_k / n"}
     )
     buffer: int = field(default=5, metadata={"ge": 1, "help": "M, global models behind the teacher"})
     coefficient: float = field(default=0.1, metadata={"ge": 0, "help": "weight of the distillation term (γ/2)"})
@@ -125,37 +131,38 @@ class FedGKD(FedAvg):
     kind: Literal["kl", "mse"] = field(default="kl", metadata={"help": "kl, or mse on logits"})
 
     def bind(self, server: Any) -> None:
-        """Start with an empty buffer."""
+        """Start with empty buffers."""
         super().bind(server)
-        self.history: list[dict[str, State]] = []
+        self.history: dict[str, list[State]] = {arch: [] for arch in self.students}
 
     def broadcast(self, selected: list[int]) -> Mapping[int, Knowledge]:
         """Send the global model and, with M > 1, the mean of the buffer."""
-        if self.buffer == 1 or not self.history:
-            return super().broadcast(selected)
-        by_arch = {
-            arch: Knowledge.of(
-                Weights(state, arch),
-                Weights(mean_state([past[arch] for past in self.history]), arch, kind="teacher"),
-            )
-            for arch, state in self.students.items()
-        }
+        by_arch = {}
+        for arch, state in self.students.items():
+            past = self.history[arch] if self.buffer > 1 else []
+            teacher = [Weights(mean_state(past), arch, kind="teacher")] if past else []
+            by_arch[arch] = Knowledge.of(Weights(state, arch), *teacher)
         return {p: by_arch[self.server.federation.archs[p]] for p in selected}
 
     def fuse(self, uploads: Iterable[Upload]) -> None:
-        """Average, and push the result into the buffer (first in, first out)."""
+        """Average, and push what is new into the buffers (first in, first out)."""
+        before = self.students
         super().fuse(uploads)
-        if self.buffer > 1:
-            self.history = [*self.history, self.students][-self.buffer :]
+        for arch in self.averaged_since(before):
+            self.history[arch] = [*self.history[arch], self.students[arch]][-self.buffer :]
+
+    def averaged_since(self, before: Mapping[str, State]) -> list[str]:
+        """Return the architectures of which there were uploads; the others keep the model that they had."""
+        return [arch for arch, state in self.students.items() if state is not before[arch]]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base's state and the buffer."""
         return {**super().state_dict(), "history": self.history}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the base's state and the buffer."""
+        """Restore the base's state and the buffers."""
         super().load_state_dict(state)
-        self.history = [{arch: dict(s) for arch, s in past.items()} for past in state["history"]]
+        self.history = {arch: [dict(one) for one in past] for arch, past in state["history"].items()}
 
 
 @dataclass(kw_only=True)
@@ -178,10 +185,10 @@ class FedGKDVote(FedGKD):
     distils_on: ClassVar[Literal["", "clients", "server", "both"]] = "clients"
     server_data: ClassVar[str] = "a few labelled samples"
     differences: ClassVar[str] = (
-        "The defaults follow the paper. The released branch cannot: its distillation term is computed without "
+        "The formula is the paper's. The released branch cannot be followed: its distillation term is computed without "
         "gradients, an undefined variable is logged, and its temperature of the votes has no default; it also keeps "
-        "the untrained initial model among the teachers. The paper's τ was not available: 0.2 is 1/M, as in a "
-        "re-implementation. The labelled samples stand for the paper's validation split."
+        "the untrained initial model among the teachers. The paper's τ and c were not available: 0.2 is 1/M, as in a "
+        "re-implementation, and 0.1 is FedGKD's. The labelled samples stand for the paper's validation split."
     )
     verified: ClassVar[str] = (
         "votes and loss by hand and in float64 NumPy, c = 0 and M = 1 against others, bytes, resume"
@@ -191,28 +198,28 @@ class FedGKDVote(FedGKD):
     tau: float = field(default=0.2, metadata={"gt": 0, "help": "τ, temperature of the votes; 1/M for M = 5"})
 
     def bind(self, server: Any) -> None:
-        """Start with an empty buffer."""
+        """Start with empty buffers."""
         super().bind(server)
-        self.losses: list[dict[str, float]] = []
+        self.losses: dict[str, list[float]] = {arch: [] for arch in self.students}
 
     def broadcast(self, selected: list[int]) -> Mapping[int, Knowledge]:
         """Send the global model, the older ones, and how much each of them counts."""
-        if not self.history:
-            return FedAvg.broadcast(self, selected)
         by_arch = {}
         for arch, state in self.students.items():
-            older = [past[arch] for past in self.history[-2::-1]]
+            older = self.history[arch][-2::-1]
             teachers = [Weights(past, arch, kind=f"teacher-{number}") for number, past in enumerate(older, 2)]
-            by_arch[arch] = Knowledge.of(Weights(state, arch), TeacherWeights(self.votes(arch)), *teachers)
+            votes = [TeacherWeights(self.votes(arch))] if self.history[arch] else []
+            by_arch[arch] = Knowledge.of(Weights(state, arch), *votes, *teachers)
         return {p: by_arch[self.server.federation.archs[p]] for p in selected}
 
     def fuse(self, uploads: Iterable[Upload]) -> None:
-        """Average, and push the result and its validation losses into the buffer."""
-        FedAvg.fuse(self, uploads)
-        self.history = [*self.history, self.students][-self.buffer :]
-        losses = {arch: self.validation_loss(arch, state) for arch, state in self.students.items()}
-        self.losses = [*self.losses, losses][-self.buffer :]
-        self.distilled = {arch: {"validation_loss": loss} for arch, loss in losses.items()}
+        """Average, and push what is new and its validation loss into the buffers."""
+        before = self.students
+        super().fuse(uploads)
+        for arch in self.averaged_since(before):
+            loss = self.validation_loss(arch, self.students[arch])
+            self.losses[arch] = [*self.losses[arch], loss][-self.buffer :]
+            self.distilled[arch] = {"validation_loss": loss}
 
     def validation_loss(self, arch: str, state: State) -> float:
         """Return a model's mean cross-entropy on the server's labelled samples; a huge one if it is not finite."""
@@ -221,7 +228,7 @@ class FedGKDVote(FedGKD):
 
     def votes(self, arch: str) -> Tensor:
         """Return the weights of the teachers, the newest first, float32 [m]."""
-        losses = torch.tensor([past[arch] for past in reversed(self.losses)], dtype=torch.float64)
+        losses = torch.tensor(self.losses[arch][::-1], dtype=torch.float64)
         return (-losses / self.tau).softmax(0).float()
 
     def state_dict(self) -> dict[str, Any]:
@@ -231,4 +238,4 @@ class FedGKDVote(FedGKD):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the base's state and the validation losses."""
         super().load_state_dict(state)
-        self.losses = [dict(past) for past in state["losses"]]
+        self.losses = {arch: list(past) for arch, past in state["losses"].items()}

@@ -63,7 +63,7 @@ class FedNTD(FedAvg):
         "None in the formula: averages weighted by examples, β = τ = 1. The class in the released code has τ = 3 by "
         "default, which its configurations override; an early version of it left out τ²."
     )
-    verified: ClassVar[str] = "loss and its gradient by hand, two classes, β = 0 against FedAvg, bytes"
+    verified: ClassVar[str] = "loss and its gradient by hand at τ = 2, two classes, β = 0 against FedAvg, bytes"
     local = NotTrueDistillation
 
     beta: float = field(default=1.0, metadata={"ge": 0, "help": "β, weight of the distillation term"})

@@ -61,7 +61,7 @@ class FedProx(FedAvg):
         "weights by examples, and so do the defaults. The code's mu is 0 unless given. Stragglers that do part of the "
         "work, which both simulate, are left to [clock]."
     )
-    verified: ClassVar[str] = "proximal term by hand, mu = 0 against FedAvg, bytes"
+    verified: ClassVar[str] = "proximal term and anchor by hand, mu = 0 against FedAvg, bytes"
     local = Proximal
 
     mu: float = field(

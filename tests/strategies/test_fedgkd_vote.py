@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from flwr.app import RecordDict
+from flwr.app import Context, RecordDict
 
 from fedkd import plugins
+from fedkd.client.runtime import Runtime
 from fedkd.data.batches import Batch
 from fedkd.errors import KnowledgeError, ScenarioError
 from fedkd.models import Outputs
@@ -40,7 +41,7 @@ def equal(one, two):
 
 def test_votes_are_a_softmax_of_negative_losses_newest_first():
     strategy = FedGKDVote(tau=0.5)
-    strategy.losses = [{"mlp": 1.2, "cnn": 9.0}, {"mlp": 0.4, "cnn": 9.0}, {"mlp": 0.9, "cnn": 9.0}]
+    strategy.losses = {"mlp": [1.2, 0.4, 0.9], "cnn": [9.0, 9.0, 9.0]}
 
     powers = np.exp(-np.array([0.9, 0.4, 1.2], dtype=np.float64) / 0.5)
     np.testing.assert_allclose(strategy.votes("mlp").numpy(), powers / powers.sum(), rtol=1e-6)
@@ -49,7 +50,7 @@ def test_votes_are_a_softmax_of_negative_losses_newest_first():
 
 def test_votes_by_hand():
     strategy = FedGKDVote(tau=1.0)
-    strategy.losses = [{"mlp": LN3}, {"mlp": 0.0}]
+    strategy.losses = {"mlp": [LN3, 0.0]}
     assert strategy.votes("mlp").tolist() == pytest.approx([0.75, 0.25])  # 1 and 1/3, divided by their sum
 
 
@@ -60,9 +61,9 @@ def test_a_model_that_diverged_has_no_vote_and_several_share_it():
         strategy.server = SimpleNamespace(label_logits=lambda *_, out=logits: (torch.tensor(out), labels))
         loss = strategy.validation_loss("mlp", {})
         assert math.isfinite(loss) and (loss == pytest.approx(math.log(1 + math.exp(-1)))) == finite
-        strategy.losses = [{"mlp": loss}, {"mlp": 0.3}]
+        strategy.losses = {"mlp": [loss, 0.3]}
         assert strategy.votes("mlp")[1] == pytest.approx(0.0 if not finite else strategy.votes("mlp")[1])
-    strategy.losses = [{"mlp": loss}, {"mlp": loss}]
+    strategy.losses = {"mlp": [loss, loss]}
     assert strategy.votes("mlp").tolist() == [0.5, 0.5]
 
 
@@ -76,6 +77,23 @@ def test_the_loss_is_the_voted_sum_of_the_distances_from_each_teacher():
 
     assert float(terms["kd"]) == pytest.approx(0.1 * 4 * (0.5 + 0.2) * kl, rel=1e-5)
     assert float(terms["ce"]) == pytest.approx(math.log(2))
+
+
+def test_a_client_takes_the_teachers_in_the_order_of_their_votes(small):
+    runtime = Runtime(small("fedgkd_vote", **LABELS))
+    student = runtime.student(0, 3, Context(0, 0, {}, RecordDict(), {}))
+    state = student.weights().state
+    sent = [
+        Weights({name: torch.full_like(tensor, value) for name, tensor in state.items()}, "mlp", kind=kind)
+        for kind, value in {"weights": 0.5, "teacher-3": 0.125, "teacher-2": 0.25}.items()
+    ]
+    aux = runtime.local.absorb(student, Knowledge.of(*sent, TeacherWeights(torch.tensor([0.5, 0.3, 0.2]))))
+    assert [{float(t.unique()) for t in teacher.state.values()} for teacher in student.teachers] == [
+        {0.5},
+        {0.25},
+        {0.125},
+    ]
+    assert aux["votes"].tolist() == pytest.approx([0.5, 0.3, 0.2])
 
 
 def test_its_gradient_reaches_the_student():  # in the released branch it does not

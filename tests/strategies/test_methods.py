@@ -5,8 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from flwr.app import Context, RecordDict
 
+from fedkd import plugins
 from fedkd.client.exchange import soft_cross_entropy
+from fedkd.client.runtime import Runtime
+from fedkd.client.trainer import learn
 from fedkd.data.batches import Batch
 from fedkd.models import Outputs
 from fedkd.payloads import ClassOutputs, Knowledge, ProxyOutputs, Weights
@@ -51,15 +55,18 @@ def test_fedgkd_has_no_term_before_there_is_a_teacher():
 
 
 def test_fedntd_leaves_the_true_class_out_of_both_softmaxes():
-    local = NotTrueDistillation(FedNTD(beta=0.3, tau=1.0))
-    # Label 0: what is left is the teacher's (ln 3, 0) = (3/4, 1/4) and the student's (0, ln 3) = (1/4, 3/4).
-    student, teacher = outputs([5.0, 0.0, LN3]), outputs([-2.0, LN3, 0.0])
+    local = NotTrueDistillation(FedNTD(beta=0.3, tau=2.0))
+    # What is left at τ = 2 is the teacher's (ln 9, 0) = (3/4, 1/4) and the student's (0, 0) = (1/2, 1/2).
+    student = outputs([5.0, 0.0, 0.0], [0.0, -7.0, 0.0])
+    teacher = outputs([-2.0, LN9, 0.0], [LN9, 3.0, 0.0])
     student.logits.requires_grad_()
-    terms = local.loss({}, batch(0), student, (teacher,), {})
-    kl = 0.75 * math.log(0.75 / 0.25) + 0.25 * math.log(0.25 / 0.75)
-    assert float(terms["ntd"].detach()) == pytest.approx(0.3 * kl, rel=1e-5)
+    terms = local.loss({}, batch(0, 1), student, (teacher,), {})
+    kl = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    assert float(terms["ntd"].detach()) == pytest.approx(0.3 * 2**2 * kl, rel=1e-5)
     terms["ntd"].backward()
-    assert float(student.logits.grad[0, 0]) == 0.0  # cross-entropy alone fits the label
+    # β·τ·(student − teacher) / B; cross-entropy alone fits the label.
+    step = 0.3 * 2 * 0.25 / 2
+    torch.testing.assert_close(student.logits.grad, torch.tensor([[0.0, -step, step], [-step, 0.0, step]]))
 
 
 def test_fedntd_with_two_classes_has_no_distillation():
@@ -246,6 +253,62 @@ def test_fedgkd_teacher_is_the_mean_of_the_last_m_averages(small, federate):
     for name, tensor in sent.items():
         expected = (averages[1][name].double() + averages[2][name].double()) / 2
         torch.testing.assert_close(tensor.double(), expected, atol=1e-7, rtol=0)
+
+
+def filled(strategy, value, **kind):
+    """Return weights of the mlp that are all the same."""
+    return Weights({name: torch.full_like(t, value) for name, t in strategy.students["mlp"].items()}, "mlp", **kind)
+
+
+def is_filled(state, value):
+    return all(bool((tensor == value).all()) for tensor in state.values())
+
+
+@pytest.fixture
+def at_a_client(small):
+    """Return a function: what absorbs at a client of a method, strategy, a student in some round."""
+
+    def make(method, round, **changes):
+        scenario = small(method, **changes)
+        strategy = plugins.make_strategy(scenario)
+        runtime = Runtime(scenario)
+        strategy.students = {"mlp": dict(runtime.student(0, 1, Context(0, 0, {}, RecordDict(), {})).weights().state)}
+        return runtime.local, strategy, runtime.student(0, round, Context(0, 0, {}, RecordDict(), {}))
+
+    return make
+
+
+def test_fedprox_is_held_near_what_was_received(at_a_client):
+    local, strategy, student = at_a_client("fedprox", round=3)
+    aux = local.absorb(student, Knowledge.of(filled(strategy, 0.25)))
+    learn(student, local, aux)
+    assert not is_filled(student.state, 0.25) and is_filled(aux["anchor"], 0.25)
+
+
+@pytest.mark.parametrize(("buffer", "round", "taught"), [(5, 3, [0.5]), (5, 1, []), (1, 3, [0.25]), (1, 1, [])])
+def test_fedgkd_distils_from_the_mean_that_was_sent(at_a_client, buffer, round, taught):
+    local, strategy, student = at_a_client({"name": "fedgkd", "buffer": buffer}, round)
+    sent = [filled(strategy, 0.25)]
+    if buffer > 1 and round > 1:
+        sent.append(filled(strategy, 0.5, kind="teacher"))
+    local.absorb(student, Knowledge.of(*sent))
+    assert is_filled(student.state, 0.25)
+    assert len(student.teachers) == len(taught)
+    assert all(is_filled(teacher.state, value) for teacher, value in zip(student.teachers, taught))
+
+
+@pytest.mark.parametrize("name", ["fedgkd", "fedgkd_vote"])
+def test_an_architecture_that_nobody_has_trained_teaches_nobody(small, federate, name):
+    changes = {"models__student": ["mlp", "cnn"], "models__options": {}, "proxy__server_labels": 30}
+    images = {"classes": 4, "train": 200, "test": 40, "shape": [8, 8]}
+    scenario = small({"name": name, "buffer": 3}, **changes, data__options=images, run__participation=0.2)
+    strategy, _ = federate(scenario, rounds=1)
+    archs, (client,) = strategy.server.federation.archs, strategy.selected
+    strategy.round += 1
+    for arch in ("mlp", "cnn"):
+        somebody = next(p for p in range(6) if archs[p] == arch)
+        sent = strategy.broadcast([somebody])[somebody]
+        assert (len(sent.payloads) > 1) == (arch == archs[client])
 
 
 @pytest.mark.parametrize("name", ["fedavg", "fedprox", "fedgkd", "fedntd", "dsfl", "fd"])
