@@ -41,9 +41,11 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     Returns
     -------
     Tensor
-        Scalar, in nats.
+        Scalar, in nats. Half-precision logits are computed in float32.
     """
-    return _by_sample(logits, labels).mean() if _batched(logits) else F.cross_entropy(logits, labels)
+    if _batched(logits):
+        return _by_sample(logits, labels).mean()
+    return F.cross_entropy(at_least_float32(logits), labels)
 
 
 def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
@@ -59,7 +61,7 @@ def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
     Returns
     -------
     Tensor
-        Shape [N], in nats; 0 without a label.
+        Shape [N], in nats; 0 without a label. Half-precision logits are computed in float32.
 
     Examples
     --------
@@ -71,6 +73,7 @@ def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _by_sample(logits: Tensor, labels: Tensor) -> Tensor:
     """Return each sample's cross-entropy with its label, which it must have."""
+    logits = at_least_float32(logits)  # autocast would do so for some of these functions, on some devices
     if not _batched(logits):
         return F.cross_entropy(logits, labels, reduction="none")
     return -F.log_softmax(logits, dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
@@ -282,7 +285,7 @@ def label_and_teacher(
     0.4332
     """
     taught = torch.ones_like(student_logits[:, 0]) if taught is None else taught
-    by_label = _by_sample(at_least_float32(student_logits), labels)
+    by_label = _by_sample(student_logits, labels)
     by_teacher = kd(
         student_logits,
         teacher_logits,

@@ -189,6 +189,33 @@ def test_half_precision_is_computed_in_float32():
     close(loss, sum(FORWARD) / 2, 1e-2)
 
 
+LABELS = torch.tensor([1, 0])
+BY_LABEL = [-math.log(0.5), -math.log(0.75)]  # of STUDENT, by hand
+
+
+@pytest.mark.parametrize(
+    ("given", "computed"),
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ],
+)
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "vmap"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_cross_entropy_has_at_least_float32_with_vmap_and_autocast_too(given, computed, together, autocast):
+    logits = STUDENT.double().to(given)
+    # By NumPy in float64 for the rounded logits, so that only the arithmetic of the loss is measured.
+    expected = -log_softmax(logits.double().numpy(), axis=1)[np.arange(2), LABELS.numpy()]
+    assert expected == pytest.approx(BY_LABEL, rel=1e-2)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        for loss, value in ((cross_entropy, expected.mean()), (cross_entropies, expected)):
+            found = vmap(loss)(logits[None], LABELS[None])[0] if together else loss(logits, LABELS)
+            assert found.dtype == computed
+            assert found.numpy() == pytest.approx(value, rel=1e-6)
+
+
 def test_gradients_reach_the_target_too():
     target = TEACHER.clone().requires_grad_()
     kd(STUDENT, target, **PLAIN).backward()

@@ -68,6 +68,16 @@ def test_on_the_server_alpha_weighs_the_cross_entropy():
     assert float(loss) == pytest.approx(kl.mean() + 0.5 * ce.mean())
 
 
+def test_the_servers_loss_for_bf16_logits_is_computed_in_float32():
+    tail, client, labels = (each[None] for each in (torch.tensor([1.0, -2.0, 3.0]), torch.zeros(3), torch.tensor(1)))
+    loss = FedGKT(alpha=0.5, temperature=1.0).server_loss(tail.bfloat16(), client, labels)
+    # Whole numbers are the same in bfloat16, their logarithms are not: it has two to three digits.
+    norm = math.log(math.exp(1) + math.exp(-2) + math.exp(3))
+    kl = math.log(1 / 3) + norm - (1 - 2 + 3) / 3
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(kl + 0.5 * (norm + 2), rel=1e-6)
+
+
 def client_with(ids, method=None):
     """Return a client half and a student of ten samples, of which it owns some."""
     student = SimpleNamespace(
