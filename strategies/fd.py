@@ -109,11 +109,13 @@ class FD(DistillationStrategy):
     differences: ClassVar[str] = (
         "No code was released. Re-implementations average logits, start counts at 1, never reset them, or keep a "
         "client's own table in its mean; the defaults follow the paper. Preset code takes FedGen's repository's "
-        "logits, KL and own table in the mean, not its counts, its tracker, or its averaging of absent classes. The "
-        "paper divides by the number of other devices, here it is by those that have the class. γ = 1 is assumed."
+        "logits, KL and own table in the mean, not its counts, its tracker, its averaging of absent classes, or its "
+        "mean over the round's clients alone: here a client that sits out stays in the mean with its last table, under "
+        "every preset. The paper divides by the number of other devices, here it is by those that have the class. "
+        "γ = 1 is assumed."
     )
     verified: ClassVar[str] = (
-        "loss, tables and leave-one-out means by hand; γ = 0 equals local training bit for bit; bytes; resume"
+        "loss, tables and means by hand, preset code too; γ = 0 equals local training bit for bit; bytes; resume"
     )
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "code": {

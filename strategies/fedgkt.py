@@ -104,9 +104,11 @@ class FedGKT(DistillationStrategy):
     deployed is a client's body with the server's tail; its accuracy is reported, as the mean over clients.
 
     Client: CE + α·T²·KL(tail ‖ client); server: T²·KL(client ‖ tail) + α·CE, both as released. The returned logits
-    are those of the last server epoch, each before its batch's step. Logits are keyed by sample id, so batches are
-    shuffled; feature maps are made without augmentation, in evaluation mode. Test features are not uploaded, as they
-    are in the release: the simulator takes the tail to the clients to measure it, which is not counted as traffic.
+    are those of the last server epoch, each before its batch's step. Where a model with BatchNorm leaves out a last
+    batch of one, which differs from epoch to epoch, that sample has those of the latest epoch that met it: a teacher a
+    few steps older is better than none, which it has only if no epoch met it. Logits are keyed by sample id, so batches
+    are shuffled; feature maps are made without augmentation, in evaluation mode. Test features are not uploaded, as
+    they are in the release: the simulator takes the tail to the clients to measure it, which is not counted as traffic.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2007.14513"
@@ -126,11 +128,14 @@ class FedGKT(DistillationStrategy):
         "server, and 1, assumed as the default, makes them one. The release keys logits by batch number, which is "
         "wrong once the loader shuffles, adds 1e-7 to teachers' probabilities, augments what features are made of, "
         "uploads test features and lowers the learning rate when *test* accuracy stalls: none of it is done here. Its "
-        "clients' Adams live on between rounds; here they are fresh in every round. One tail serves clients of "
-        "several architectures through adapters, which the paper does not have."
+        "schedules let the server's 20 epochs a round become fewer with the rounds; here they are constant. Its "
+        "clients' Adams live on between rounds; here they are fresh in every round. A model with BatchNorm leaves out "
+        "a last batch of one, and that sample's logits are those of the latest epoch that met it. One tail serves "
+        "clients of several architectures through adapters, which the paper does not have."
     )
     verified: ClassVar[str] = (
-        "losses by hand in float64; logits by sample id; client's own model as its tail; α = 0; bytes; resume"
+        "losses by hand in float64; feature maps, the server's training and its logits by sample id in plain PyTorch; "
+        "client's own model as its tail; α = 0; bytes; resume"
     )
     local = EdgeTraining
 
@@ -181,7 +186,7 @@ class FedGKT(DistillationStrategy):
             self.uploaded[upload.partition_id] = rows, SampleKnowledge(maps.ids.clone(), maps.logits.clone())
 
     def distill(self) -> None:
-        """Train the tail, and keep what it said of every sample in the last epoch."""
+        """Train the tail, and keep what it said of every sample in the latest epoch that met it."""
         clients = torch.cat([own.logits for _, own in self.uploaded.values()])
         said = LogitPool(len(self.store), self.server.federation.num_classes)
 
@@ -215,7 +220,7 @@ class FedGKT(DistillationStrategy):
             carried=self.memory,
         )
         for p, (rows, own) in self.uploaded.items():
-            met = said.known[rows]  # all but a last batch of one, which BatchNorm cannot use
+            met = said.known[rows]  # all but what was in every epoch its last batch of one, which BatchNorm cannot use
             self.taught[p] = SampleKnowledge(own.ids[met], said.values[rows][met])
         self.distilled[TAIL] = asdict(report)
         del self.store, self.uploaded

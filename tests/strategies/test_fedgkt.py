@@ -1,11 +1,13 @@
 """FedGKT against its formulas, worked out in float64; logits by sample id, feature maps, and the pairs' accuracy."""
 
+import copy
 import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from flwr.app import Array, ArrayRecord
 
 from fedkd import plugins, run
@@ -18,6 +20,8 @@ from fedkd.models import Outputs
 from fedkd.payloads import FeatureMaps, Knowledge, SampleKnowledge
 from fedkd.server.features import FeatureStore
 from fedkd.server.runtime import ServerRuntime
+from fedkd.students import build_student
+from fedkd.threads import one_thread
 from strategies.fedgkt import PAIR, EdgeTraining, FedGKT
 
 METHOD = {"name": "fedgkt", "server_epochs": 2, "server_batch_size": 16, "server_lr": 0.01}
@@ -243,6 +247,69 @@ def test_the_returned_logits_are_those_of_the_last_epoch_for_every_sample(start,
     everything = torch.cat([own.ids for _, own in uploaded.values()])
     assert sorted(labels.tolist()) == sorted(np.asarray(data.labels)[everything.numpy()].tolist())
     assert len(store) == total
+
+
+@pytest.mark.parametrize(("order", "norm"), [("by-client", "none"), ("mixed", "none"), ("by-client", "batch")])
+def test_the_server_trains_and_tells_every_sample_as_in_plain_pytorch(start, small, order, norm):
+    """With BatchNorm, batches of 7 leave out one of a client's 29 samples, another one in each epoch."""
+    method = METHOD | {"alpha": 0.5, "temperature": 2.0, "server_weight_decay": 0.1}
+    method |= {"server_order": order, "server_batch_size": 7, "server_epochs": 3}
+    strategy = start(small(method, **IMAGES, models__norm=norm))
+    strategy.round, strategy.selected, strategy.distilled = 1, [0, 1, 4], {}
+    uploads, fuse = {}, strategy.fuse
+
+    def noted(each):
+        uploads[each.partition_id] = copy.deepcopy(each.knowledge.get(FeatureMaps))
+        return each
+
+    strategy.fuse = lambda received: fuse(map(noted, received))
+    with one_thread():
+        strategy.train(strategy.selected, keep=False)
+        steps = strategy.order(np.random.default_rng(0))
+        strategy.order = lambda rng: steps
+        tail = copy.deepcopy(strategy.tail).train()
+        strategy.distill()
+
+        names = ("ids", "features", "logits", "labels")
+        ids, x, taught, y = (torch.cat([getattr(maps, name) for maps in uploads.values()]) for name in names)
+        optimizer = torch.optim.Adam(tail.parameters(), lr=0.01, weight_decay=0.1, amsgrad=True)
+        said = {}
+        for rows in map(torch.from_numpy, steps):
+            z = tail(x[rows]).logits
+            said |= dict(zip(ids[rows].tolist(), z.detach(), strict=True))
+            log_p, log_q = (z / 2).log_softmax(1), (taught[rows] / 2).log_softmax(1)
+            kl = (log_q.exp() * (log_q - log_p)).sum(1).mean()
+            optimizer.zero_grad()
+            (2**2 * kl + 0.5 * F.cross_entropy(z, y[rows])).backward()
+            optimizer.step()
+
+    last = ids[np.concatenate(steps[-len(steps) // 3 :])]
+    assert len(ids) - len(last.unique()) == (norm == "batch")  # and that one has the logits of an epoch before
+    assert sorted(uploads) == sorted(strategy.taught) == [0, 1, 4]
+    for p, maps in uploads.items():
+        told = strategy.taught[p]
+        assert sorted(told.ids.tolist()) == sorted(maps.ids.tolist())
+        torch.testing.assert_close(told.logits, torch.stack([said[i] for i in told.ids.tolist()]), rtol=1e-3, atol=1e-3)
+    for name, tensor in strategy.tail.state_dict().items():
+        torch.testing.assert_close(tensor, tail.state_dict()[name], rtol=1e-3, atol=1e-3)
+
+
+def test_feature_maps_logits_and_labels_are_those_of_the_samples_they_are_said_to_be_of(small, federate, tap_of):
+    """One image at a time through the client's model as it was after training, without augmentation."""
+    scenario, tap = small(METHOD, **IMAGES, models__norm="batch", data__augment="flip", run__rounds=1), tap_of()
+    federate(scenario, mods=[tap])
+    federation = build_federation(scenario)
+    passed = tap.of(1)[0]
+    model, maps = build_student(scenario, federation.dataset, "cnn").eval(), passed.up.get(FeatureMaps)
+    model.load_state_dict(passed.after)
+
+    assert sorted(maps.ids.tolist()) == sorted(federation.shards[passed.client].train.tolist())
+    with one_thread(), torch.no_grad():
+        for i, features, logits, label in zip(maps.ids.tolist(), maps.features, maps.logits, maps.labels, strict=True):
+            x = federation.train.gather([i]).x
+            torch.testing.assert_close(features, model.body.stages[0](x)[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(logits, model(x).logits[0], rtol=1e-4, atol=1e-5)
+            assert label == federation.train.labels[i]
 
 
 def test_measured_bytes_are_the_formulas(small, federate):

@@ -113,7 +113,8 @@ def _fd_with(tables, **hyper):
     strategy = FD(**hyper)
     strategy.server = _Classes()
     strategy.tables = {
-        p: ClassOutputs(torch.tensor(means), torch.tensor(counts), "probs") for p, (means, counts) in tables.items()
+        p: ClassOutputs(torch.tensor(means), torch.tensor(counts), strategy.space)
+        for p, (means, counts) in tables.items()
     }
     return strategy
 
@@ -139,6 +140,34 @@ def test_fd_sends_the_mean_of_the_others_and_masks_what_nobody_else_has():
 
     newcomer = strategy.table_for(7, *total)
     torch.testing.assert_close(newcomer.means, torch.tensor([[0.8, 0.2], [0.4, 0.6]]))
+
+
+def test_fd_can_leave_a_clients_own_table_in_its_mean():
+    strategy = _fd_with(TABLES, leave_one_out=False)
+    total = strategy.sums(strategy.tables.values())
+    for client in TABLES:  # (0.8 + 0.6 + 1) / 3, and client 0 alone
+        table = strategy.table_for(client, *total)
+        torch.testing.assert_close(table.means, torch.tensor([[0.8, 0.2], [0.4, 0.6]]))
+        assert table.present.tolist() == [True, True]
+
+
+def test_fds_code_preset_is_kl_from_the_mean_of_all_logits(small):
+    strategy = plugins.make_strategy(small({"name": "fd", "preset": "code"}))
+    assert isinstance(strategy, FD)
+    local = ClassMeans(strategy)
+    tally = local.observe({}, batch(0, 0), outputs([LN9, 0.0], [1.0, -5.0]))
+    torch.testing.assert_close(tally["sums"], torch.tensor([[LN9 + 1, -5.0], [0.0, 0.0]]))
+
+    tables = {0: ([[2 * LN9, -1.0], [0.0, 0.0]], [5.0, 0.0]), 1: ([[0.0, 1.0], [0.0, 0.0]], [1.0, 0.0])}
+    strategy = _fd_with(tables, **FD.presets["code"])
+    own = strategy.table_for(0, *strategy.sums(strategy.tables.values()))
+    torch.testing.assert_close(own.means, torch.tensor([[LN9, 0.0], [0.0, 0.0]]))
+
+    # Softmax of the means' logits is (9/10, 1/10), of the client's (3/4, 1/4); nobody has class 1; γ is 1.
+    aux = {"means": own.means, "present": own.present.float()}
+    terms = local.loss({}, batch(0, 1), outputs([LN3, 0.0], [LN3, 0.0]), (), aux)
+    kl = 0.9 * math.log(0.9 / 0.75) + 0.1 * math.log(0.1 / 0.25)
+    assert float(terms["fd"]) == pytest.approx(kl / 2, rel=1e-5)
 
 
 def test_fd_does_not_depend_on_the_order_of_clients():
