@@ -5,14 +5,18 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from flwr.app import Array, ArrayRecord
 
 from fedkd import run
-from fedkd.data.batches import Batch
+from fedkd.data.batches import Batch, epoch_order, step_order
+from fedkd.data.federation import build_federation
 from fedkd.errors import KnowledgeError
 from fedkd.models import Outputs
-from fedkd.payloads import Knowledge, PeerOutputs
+from fedkd.payloads import Knowledge, PeerOutputs, ProxyOutputs, Request
+from fedkd.seeds import Purpose, rng
 from fedkd.server.graph import metropolis
+from fedkd.students import build_student
 from strategies.distributed import ESTIMATE, SAID, DistributedDistillation, PeerLearning, disagreement
 
 EVERYBODY = {"run__participation": 1.0}
@@ -120,6 +124,35 @@ def test_the_loss_is_cross_entropy_on_private_and_squared_distance_on_reference_
     private = Batch(batch.x[:2], batch.y[:2], batch.ids[:2])
     first = local.loss({}, private, Outputs(out.logits[:2], out.logits[:2]), (), {})
     assert first.keys() == {"ce"}
+
+
+def test_every_reference_sample_is_drawn_to_the_estimate_of_its_own(small, federate, tap_of):
+    """Round 2 of every client in plain PyTorch, when 25 of 60 reference samples have been talked about."""
+    tap = tap_of()
+    hyper = method(graph="ring", rho=5.0, reference_size=25, reference_batch_size=8)
+    scenario = small(hyper, **EVERYBODY, run__rounds=2)
+    strategy, _ = federate(scenario, [tap])
+    federation = build_federation(scenario)
+    ids = tap.of(1)[0].down.get(Request).ids.numpy()
+    assert len(ids) == 25 and (ids != np.arange(25)).any()
+    said = [each.up.get(ProxyOutputs).values for each in tap.of(1)]
+    for client, each in enumerate(tap.of(2)):
+        one, two = strategy.neighbours[client]
+        estimates = (said[client] + said[one] + said[two]) / 3  # what Metropolis's weights are on a ring
+        own = np.asarray(federation.shards[client].train)
+        model = build_student(scenario, federation.dataset, "mlp")
+        model.load_state_dict(each.before)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        batches = epoch_order(own, 16, rng(0, Purpose.BATCHES, 2, client))
+        beside = step_order(np.arange(25), 8, len(batches), rng(0, Purpose.METHOD_CLIENT, 2, client))
+        for private, rows in zip(batches, beside, strict=True):
+            batch, reference = federation.train.gather(private), federation.proxy.data.gather(ids[rows])
+            distance = (model(reference.x).logits.softmax(1) - estimates[rows]).square().sum(1).mean()
+            optimizer.zero_grad()
+            (F.cross_entropy(model(batch.x).logits, batch.y) + 5 * distance).backward()
+            optimizer.step()
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(each.after[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_rho_zero_is_local_training_and_a_positive_one_is_not(small, federate):

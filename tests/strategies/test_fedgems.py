@@ -6,14 +6,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from flwr.app import Array, ArrayRecord
 
 from fedkd import run
 from fedkd.data.batches import epoch_order
+from fedkd.data.federation import build_federation
 from fedkd.losses.response import cross_entropy, label_and_teacher
-from fedkd.payloads import Knowledge, ProxyOutputs
+from fedkd.payloads import Knowledge, ProxyOutputs, Request
 from fedkd.seeds import Purpose, rng
 from fedkd.server.logit_pool import LogitPool
+from fedkd.students import build_student
 from strategies.fedgems import FedGEMS
 
 METHOD = {"name": "fedgems", "public_batch_size": 20, "server_batch_size": 20, "server_lr": 0.01}
@@ -124,6 +127,97 @@ def test_epsilon_one_is_supervised_training_on_the_public_set(small, federate):
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(strategy.students["mlp"][name], tensor, rtol=1e-4, atol=1e-5)
         assert torch.equal(strategy.students["mlp"][name], other.students["mlp"][name])  # whatever clients know
+
+
+def divergence(teacher, student):
+    """Return each sample's KL(teacher ‖ student) of logits [n, C]."""
+    p, q = teacher.softmax(1), student.softmax(1)
+    return (p * (p / q).log()).sum(1)
+
+
+def weighed(answers, label):
+    """Return the mean of the clients' logits [C] for a sample, by the certainty of those that are right, or None."""
+    correct = [z for z in answers if z.argmax() == label]
+    if not correct:
+        return None
+    entropies = [-(z.softmax(0) * z.log_softmax(0)).sum() for z in correct]
+    weights = (1 / torch.stack(entropies)).softmax(0)
+    return sum(w * z for w, z in zip(weights, correct, strict=True))
+
+
+def test_the_server_learns_from_labels_its_memory_and_clients_that_are_right(small, federate, tap_of):
+    """Two rounds of the server in plain PyTorch, at ε = 0.75."""
+    tap = tap_of()
+    # Hard samples and large steps: the server shall unlearn some of what it was right about.
+    hyper = {**METHOD, "epsilon": 0.75, "server_epochs": 2, "server_lr": 0.03}
+    scenario = small(hyper, **LABELLED, run__rounds=2, data__options__separation=1.5)
+    strategy, events = federate(scenario, [tap])
+
+    proxy, labels = strategy.server.proxy.data, torch.as_tensor(strategy.server.proxy.labels)
+    model = strategy.server.model("mlp", strategy.server.initial("mlp"))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.03, weight_decay=1e-4)
+    memory = {}
+    for round, event in enumerate(rounds_of(events), start=1):
+        said = model(proxy.gather(np.arange(60)).x).logits.detach()
+        if round == 2:
+            told = tap.of(2)[0].down.get(ProxyOutputs)
+            torch.testing.assert_close(told.values, said, rtol=1e-4, atol=1e-5)
+        right = [i for i in range(60) if said[i].argmax() == labels[i]]
+        memory |= {i: said[i] for i in right}
+        remembered = {i: z for i, z in memory.items() if i not in right}
+        asked = [i for i in range(60) if i not in memory]
+        answers = tap.of(round, "query.logits")
+        assert len(answers) == 4 and all(each.down.get(Request).ids.tolist() == asked for each in answers)
+        values = [each.up.get(ProxyOutputs).values for each in answers]
+        fused = {i: weighed([each[row] for each in values], labels[i]) for row, i in enumerate(asked)}
+        teachers = remembered | {i: z for i, z in fused.items() if z is not None}
+        counts = {"right": len(right), "asked": len(asked), "distilled": len(teachers)}
+        assert event["distill"]["mlp"].items() >= counts.items()
+        # In round 2 there are samples of every kind, also ones that no client gets right.
+        assert round == 1 or (right and 0 < len(remembered) < len(teachers) < 60 - len(right))
+
+        generator = rng(0, Purpose.DISTILLATION, round)
+        generator.integers(2**63)  # the seed of dropout comes first
+        for _ in range(2):
+            for rows in epoch_order(np.arange(60), 20, generator):
+                logits = model(proxy.gather(rows).x).logits
+                ce = F.cross_entropy(logits, labels[rows], reduction="none")
+                taught = [at for at, i in enumerate(rows) if i in teachers]
+                alone = [at for at, i in enumerate(rows) if i not in teachers]
+                kl = divergence(torch.stack([teachers[rows[at]] for at in taught]), logits[taught])
+                optimizer.zero_grad()
+                ((ce[alone].sum() + (0.75 * ce[taught] + 0.25 * kl).sum()) / len(rows)).backward()
+                optimizer.step()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(strategy.students["mlp"][name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_clients_digest_the_servers_logits_and_labels_and_then_learn_their_own_samples(
+    small, federate, tap_of, descend
+):
+    """Round 2 of every client in plain PyTorch, at ε = 0.75."""
+    hyper, tap = {**METHOD, "epsilon": 0.75, "public_epochs": 2}, tap_of()
+    scenario = small(hyper, **LABELLED, run__rounds=2, run__participation=1.0)
+    federate(scenario, [tap])
+    federation = build_federation(scenario)
+    everything = np.arange(len(federation.train))
+    labels = torch.as_tensor(federation.proxy.labels)
+    assert len(tap.of(2)) == 6
+    for each in tap.of(2):
+        server, own = each.down.get(ProxyOutputs).values, np.asarray(federation.shards[each.client].train)
+        model = build_student(scenario, federation.dataset, "mlp")
+        model.load_state_dict(each.before)
+
+        def loss(z, rows, y, server=server):
+            return 0.75 * F.cross_entropy(z, labels[rows]) + 0.25 * divergence(server[rows], z).mean()
+
+        draw = rng(0, Purpose.DIGEST, 2, each.client)
+        batches = [rows for _ in range(2) for rows in epoch_order(np.arange(60), 20, draw)]
+        descend(model, federation.proxy.data, np.arange(60), batches, loss)
+        batches = epoch_order(own, 16, rng(0, Purpose.BATCHES, 2, each.client))
+        descend(model, federation.train, everything, batches, lambda z, rows, y: F.cross_entropy(z, y))
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(each.after[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_the_server_remembers_what_it_was_right_about_and_asks_for_the_rest(small, federate):
