@@ -13,7 +13,7 @@ from torch import Tensor
 from fedkd.codecs import entropy, from_symbols, quantise, symbols
 from fedkd.codecs.quantise import shapes
 from fedkd.errors import KnowledgeError
-from fedkd.payloads.base import Payload
+from fedkd.payloads.base import Payload, check_outputs
 from fedkd.payloads.outputs import ProxyOutputs
 
 FLOAT = 32
@@ -106,7 +106,10 @@ class QuantizedOutputs(Payload):
         return cls(arrays["words"], samples, classes, bits, bool(meta["delta"]))
 
     def with_outputs(self, change: Callable[[Tensor, str], Tensor]) -> QuantizedOutputs:
-        """Return other outputs, not as changes. Of changes the outputs are not known: uniform ones stand for them."""
+        """Return other outputs, not as changes. Of changes the outputs are not known: uniform ones stand for them.
+
+        With 1 bit these are votes for class 0.
+        """
         uniform = torch.full((self.samples, self.num_classes), 1 / self.num_classes)
         outputs = uniform if self.delta else self.probs(self.levels())
         return self.of(quantise(change(outputs, "probs"), self.bits), self.bits)
@@ -164,7 +167,14 @@ class OutputCodec:
         return (ProxyOutputs if self.bits == FLOAT else QuantizedOutputs).kind
 
     def round(self, probs: Tensor) -> Tensor:
-        """Return the levels [n, C] of probabilities."""
+        """Return the levels [n, C] of probabilities.
+
+        Raises
+        ------
+        KnowledgeError
+            They are not finite. Rounded they would look sound: with 1 bit NaN is a vote for class 0.
+        """
+        check_outputs(probs, "the model's output")
         return probs if self.bits == FLOAT else quantise(probs, self.bits)
 
     def probs(self, levels: Tensor) -> Tensor:

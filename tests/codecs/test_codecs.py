@@ -107,6 +107,26 @@ def test_one_bit_of_even_labels_takes_the_logarithm_of_the_classes():
     assert 5_000 * np.log2(10) <= bits < 1.01 * 5_000 * np.log2(10)
 
 
+@pytest.mark.parametrize(("bits", "streams"), [(1, 1), (2, 9), (4, 9), (12, 9)])
+def test_bytes_of_outputs_are_those_of_one_class_or_of_all_levels_but_one(bits, streams):
+    """|X|·H/8 with one bit, |X|·(C - 1)·H/8 with more; beyond eight bits the high and the low ones by themselves."""
+
+    def entropy(values):
+        shares = np.unique(values, return_counts=True)[1] / len(values)
+        return -(shares * np.log2(shares)).sum()
+
+    probs = np.random.default_rng(3).dirichlet(np.full(10, 0.3), size=5_000)
+    levels = quantise(torch.from_numpy(probs), bits)
+    table = levels.argmax(1, keepdim=True).numpy() if bits == 1 else levels.numpy()[:, :-1]
+    parts = [table] if bits <= 8 else [table // 256, table % 256]
+    per_symbol = np.mean([sum(entropy(part[:, k]) for part in parts) for k in range(streams)])
+
+    nbytes = encode(symbols(levels, bits)).nbytes
+
+    assert table.shape[1] == streams
+    assert nbytes == pytest.approx(5_000 * streams * per_symbol / 8, rel=0.05)
+
+
 def test_few_changes_take_few_bytes():
     draw = np.random.default_rng(2)
     before = torch.nn.functional.one_hot(torch.from_numpy(draw.integers(0, 10, 2_000)), 10).int()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedkd.client.attacks import negated
 from fedkd.codecs import quantise
 from fedkd.errors import KnowledgeError
 from fedkd.payloads import Knowledge, OutputCodec, ProxyOutputs, QuantizedOutputs
@@ -55,6 +56,20 @@ def test_a_codec_has_float32_as_its_finest():
         OutputCodec(4).unpack(payload, ids, 5)
     with pytest.raises(KnowledgeError, match="quantized-outputs are no outputs in 32 bits"):
         codec.unpack(OutputCodec(4).pack(ids, quantise(PROBS, 4)), ids, 5)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 16, 32])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_outputs_that_are_not_finite_are_not_rounded(bits, bad):
+    probs = PROBS.clone()
+    probs[7, 2] = bad
+    with pytest.raises(KnowledgeError, match="the model's output holds NaN or infinite numbers"):
+        OutputCodec(bits).round(probs)
+
+
+def test_of_changes_an_attacker_makes_votes_for_the_lowest_class_with_one_bit():
+    changes = QuantizedOutputs.of(quantise(PROBS, 1), 1, quantise(BEFORE, 1))
+    assert changes.with_outputs(negated).check(5, 80, 1).argmax(1).unique().tolist() == [0]
 
 
 def test_an_attacker_sends_other_outputs_that_can_be_read():

@@ -11,9 +11,11 @@ from fedkd.codecs import quantise
 from fedkd.codecs.entropy import encode
 from fedkd.data.batches import epoch_order
 from fedkd.data.federation import build_federation
+from fedkd.errors import KnowledgeError
 from fedkd.payloads import Knowledge, ProxyOutputs, QuantizedOutputs, Request
 from fedkd.seeds import Purpose, rng
 from fedkd.students import build_student
+from strategies.cfd import CFD, FreshDistillation
 
 QUICK = {"name": "cfd", "subset_size": 40, "distill_batch_size": 20}
 FLOAT = {"bits_up": 32, "bits_down": 32}
@@ -26,7 +28,8 @@ def soft_ce(z, target):
 
 def test_a_round_in_float32_is_dual_distillation(small, federate, tap_of, descend):
     """From the common start: digest, train, predict; then server: mean, distil (warm), predict. In plain PyTorch."""
-    scenario, tap = small(QUICK | FLOAT, **EVERYBODY, run__rounds=2), tap_of()
+    hyper = QUICK | FLOAT | {"distill_epochs": 2, "server_lr": 5e-3}
+    scenario, tap = small(hyper, **EVERYBODY, run__rounds=2), tap_of()
     strategy, events = federate(scenario, mods=[tap])
     federation, seed = build_federation(scenario), scenario.run.seed
     proxy, train = federation.proxy.data, federation.train
@@ -40,8 +43,9 @@ def test_a_round_in_float32_is_dual_distillation(small, federate, tap_of, descen
             model = build_student(scenario, federation.dataset, "mlp")
             if labels is not None:
                 torch.testing.assert_close(passed.down.get(ProxyOutputs).values, labels, rtol=1e-4, atol=1e-5)
-                order = epoch_order(np.arange(40), 20, rng(seed, Purpose.DIGEST, round, client))
-                descend(model, proxy, ids, order, lambda z, rows, y, labels=labels: soft_ce(z, labels[rows]))
+                draw = rng(seed, Purpose.DIGEST, round, client)
+                batches = [rows for _ in range(2) for rows in epoch_order(np.arange(40), 20, draw)]
+                descend(model, proxy, ids, batches, lambda z, rows, y, labels=labels: soft_ce(z, labels[rows]))
             own = np.asarray(federation.shards[client].train)
             order = epoch_order(own, 16, rng(seed, Purpose.BATCHES, round, client))
             descend(model, train, np.arange(len(train)), order, lambda z, rows, y: F.cross_entropy(z, y))
@@ -50,8 +54,8 @@ def test_a_round_in_float32_is_dual_distillation(small, federate, tap_of, descen
         mean = torch.stack(outputs).mean(0)
         draw = rng(seed, Purpose.DISTILLATION, round)
         draw.integers(2**63)  # the seed of dropout
-        optimizer = torch.optim.Adam(server.parameters(), lr=1e-3)
-        for rows in epoch_order(np.arange(40), 20, draw):
+        optimizer = torch.optim.Adam(server.parameters(), lr=5e-3)
+        for rows in [rows for _ in range(2) for rows in epoch_order(np.arange(40), 20, draw)]:
             optimizer.zero_grad()
             soft_ce(server(proxy.gather(ids[rows]).x).logits, mean[rows]).backward()
             optimizer.step()
@@ -81,6 +85,8 @@ def test_what_travels_is_rounded_and_has_the_coders_bytes(small, federate, tap_o
     torch.testing.assert_close(strategy.consensus.double(), probs.double().mean(0), rtol=0, atol=1e-6)
     assert torch.equal(strategy.answer, quantise(strategy.server_outputs().softmax(1), down))
     assert received.bits == down
+    assert len(strategy.known) == 6  # without changes nothing is kept of them
+    assert not sum(kept.untyped_storage().nbytes() for kept in strategy.known.values())
 
 
 def test_sixteen_bits_are_almost_float32(small, federate):
@@ -179,6 +185,36 @@ def test_uploads_that_cannot_be_used_are_refused(small, federate, tap_of, fault)
     refused = [e for e in events if e["event"] == "refused"]
     assert [(e["round"], e["partition_id"]) for e in refused] == [(1, 2)] and reason in refused[0]["reason"]
     assert [e["received"] for e in events if e["event"] == "round"] == [5, 6]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 16, 32])
+def test_a_model_whose_outputs_are_not_finite_has_no_vote(small, federate, tap_of, monkeypatch, bits):
+    """Rounded they would look sound: with one bit, NaN is class 0."""
+    outputs = FreshDistillation.outputs
+
+    def diverged(self, student, ids):
+        found = outputs(self, student, ids)
+        broken = found.values.clone()
+        if (student.round, student.partition_id) == (2, 3):
+            broken[7] = torch.nan
+        return ProxyOutputs(ids, broken, found.space)
+
+    monkeypatch.setattr(FreshDistillation, "outputs", diverged)
+    tap = tap_of()
+    hyper = QUICK | {"bits_up": bits, "bits_down": bits}
+    strategy, events = federate(small(hyper, **EVERYBODY), mods=[tap])
+    refused = [e for e in events if e["event"] == "refused"]
+    assert [(e["round"], e["partition_id"]) for e in refused] == [(2, 3)] and "NaN" in refused[0]["reason"]
+    assert [each.client for each in tap.of(2)] == [0, 1, 2, 4, 5]
+    assert [e["received"] for e in events if e["event"] == "round"] == [6, 5, 6]
+    assert "request" in tap.of(3)[3].down and strategy.consensus.isfinite().all()  # and starts without changes
+
+
+@pytest.mark.parametrize("bits", [1, 2, 16, 32])
+def test_labels_that_are_not_finite_are_not_sent(small, federate, monkeypatch, bits):
+    monkeypatch.setattr(CFD, "server_outputs", lambda self: torch.full((40, 4), torch.nan))
+    with pytest.raises(KnowledgeError, match="the model's output holds NaN"):
+        federate(small(QUICK | {"bits_down": bits}, **EVERYBODY))
 
 
 @pytest.mark.parametrize("kind", ["sign-flip", "random"])
