@@ -42,7 +42,10 @@ class DSFL(OutputExchange):
         "the round: distil on last round's labels, train, predict. Clients' optimisers are fresh every round "
         "(SCARLET's persist)."
     )
-    verified: ClassVar[str] = "entropy reduction and loss by hand; bytes; resume; engines and Flower's runtime agree"
+    verified: ClassVar[str] = (
+        "entropy reduction and loss by hand; two rounds of clients and server by hand; bytes; resume; engines and "
+        "Flower's runtime agree"
+    )
     owns_model: ClassVar[bool] = True
     local = Digesting
 

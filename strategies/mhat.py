@@ -39,7 +39,10 @@ class MHAT(JointExchange):
         "equal weights, all public samples in every round, an auxiliary model that goes on from round to round (Adam "
         "1e-3, one pass), and rounds that begin with the last round's labels."
     )
-    verified: ClassVar[str] = "joint loss and server labels by hand; bytes; resume; three models, a larger server model"
+    verified: ClassVar[str] = (
+        "joint loss and, over several passes, server labels by hand; bytes; resume; clients of two architectures, a "
+        "third on the server"
+    )
     owns_model: ClassVar[bool] = True
     local = JointTraining
 
