@@ -93,11 +93,12 @@ class FedAUX(DistillationStrategy):
         "The released code fits the scores to the *sum* of the losses (C = 1 / λ) with the noise that belongs to their "
         "*mean*, n times too little for its claim: the default fits the mean (C = 1 / (n λ)), preset code the sum. Its "
         "intercept is free, which the bound does not cover: here it is penalised. Features and constant are divided by "
-        "√2, so that their norm is 1 at most: λ counts double against paper and code. Its two parts of the proxy set "
-        "are drawn independently and may overlap: here they do not. It loads bodies pre-trained elsewhere: the "
-        "settings of pre-training are assumed. Its clients keep an Adam from round to round: that is the scenario's "
-        "matter, whose client.optimizer = adam starts afresh in every round, as is the average of parameters alone "
-        "(models.buffers = params_only). Its teachers and evaluation run in training mode; here they do not."
+        "√2, so that their norm is 1 at most: λ counts double against paper and code, and at the same λ, n and ε the "
+        "noise in a score's logit is 1/√2 of the code's. Its two parts of the proxy set are drawn independently and "
+        "may overlap: here they do not. It loads bodies pre-trained elsewhere: the settings of pre-training are "
+        "assumed. Its clients keep an Adam from round to round: that is the scenario's matter, whose client.optimizer "
+        "= adam starts afresh in every round, as is the average of parameters alone (models.buffers = params_only). "
+        "Its teachers and evaluation run in training mode; here they do not."
     )
     verified: ClassVar[str] = (
         "scores against scikit-learn and SciPy, noise by its moments, sensitivity by replacing samples; targets in "

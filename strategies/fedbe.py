@@ -42,10 +42,14 @@ class FedBE(DistillationStrategy):
     server_data: ClassVar[str] = "unlabelled proxy set"
     differences: ClassVar[str] = (
         "Paper: a cyclical learning rate, 1e-3 → 4e-4, for SWA; code: constant. The code draws from a Gaussian of "
-        "normalised steps (sampling = steps); the paper's Gaussian is read as one of the weights themselves. The KL is "
-        "a mean over samples and classes, as in the code, with which the learning rate was chosen. Assumed: cycles as "
-        "long as the distance of snapshots, ending at them; a Gaussian's models have the mean running statistics, as a "
-        "sampled variance might be negative; mixtures mix them by γ, too. Local schedules are the scenario's."
+        "normalised steps (sampling = steps); the paper's Gaussian is read as one of the weights themselves. Models of "
+        "both Gaussians have the mean running statistics, as a sampled variance might be negative: the code samples "
+        "these too. Its Dirichlet mixtures weigh clients by γ alone, without n_k, and its clients are teachers on "
+        "request only (--use_client): both are here as in the paper. Its SWA takes snapshots after swa_start, at "
+        "multiples of 25, the first one at step 525; here the first is at swa_start, step 500, in preset code as well. "
+        "The KL is a mean over samples and classes, as in the code, with which the learning rate was chosen. Assumed: "
+        "cycles as long as the distance of snapshots, ending at them; mixtures mix running statistics by γ p_k, too. "
+        "Local schedules are the scenario's."
     )
     verified: ClassVar[str] = (
         "samplers by hand, in float64 NumPy and by their moments; targets and SWA by hand; clients alone without "

@@ -60,12 +60,13 @@ class FedFTG(DistillationStrategy):
     distils_on: ClassVar[Literal["", "clients", "server", "both"]] = "server"
     server_data: ClassVar[str] = "none: a generator; the clients' label counts"
     differences: ClassVar[str] = (
-        "Disagreement is a KL in the paper, read as one with gradients through both models; in the released code it "
-        "is the mean absolute gap of logits, the client's taken as fixed. The code multiplies a batch's mean CE by "
-        "its mean α. The defaults are the paper's, preset code has both. The mean of the average's loss is over "
-        "samples and classes, 1/C of that over samples, as in the code, with which its learning rate was chosen. "
-        "Labels are drawn, where the code takes exact shares in random order. The distances of the diversity term are "
-        "the code's means per number: the paper's norms would make it vanish. Local schedules are the scenario's."
+        "Disagreement is a KL in the paper; assumed: KL(σ(client) ‖ σ(average)), with gradients through both models. "
+        "In the released code it is the mean absolute gap of logits, the client's taken as fixed. The code multiplies "
+        "a batch's mean CE by its mean α. The defaults are the paper's, preset code has both. The mean of the "
+        "average's loss is over samples and classes, 1/C of that over samples, as in the code, with which its learning "
+        "rate was chosen. Labels are drawn, where the code takes exact shares in random order. The distances of the "
+        "diversity term are the code's means per number: the paper's norms would make it vanish. Local schedules are "
+        "the scenario's."
     )
     verified: ClassVar[str] = (
         "terms and weights by hand and in float64 NumPy; equal models disagree by 0; label draws by their frequencies; "

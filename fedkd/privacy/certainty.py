@@ -95,7 +95,8 @@ def fit_scorer(
     Chaudhuri, Monteleoni, Privacy-Preserving Logistic Regression, NIPS 2008. The intercept is the weight of a constant
     feature and penalised like all others: of a free one the bound says nothing. Features and constant are scaled to
     ‖x‖ <= 1 by the largest norm among the samples, which is not protected itself. FedAUX bounds features alone
-    by 1; here both are divided by √2, so that λ counts double against its paper and code.
+    by 1; here both are divided by √2, so that λ counts double against its paper and code, and at the same λ, n and ε
+    the noise in a score's logit is 1/√2 of the code's.
     """
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits

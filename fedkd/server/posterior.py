@@ -82,7 +82,8 @@ def fit_steps(
     """Fit a Gaussian to the directions of the clients' steps, as the released code of FedBE does.
 
     For every tensor, with the steps d_k = w_k - start, their mean length r and their directions u_k = d_k / ‖d_k‖:
-    start + r (ū + scale · √v · ε), where v is the variance of the u_k over clients, at least `floor`.
+    start + r (ū + scale · √v · ε), where v is the variance of the u_k over clients, at least `floor`. The code draws
+    running statistics like that as well.
 
     Parameters
     ----------
@@ -123,6 +124,8 @@ def dirichlet_mixtures(
     alpha: float = 1.0,
 ) -> list[State]:
     """Return random averages of models: Σ_k γ_k p_k w_k / Σ_k γ_k p_k with γ ~ Dirichlet(alpha, …, alpha).
+
+    So FedBE's paper has it; its released code leaves out p_k.
 
     Parameters
     ----------
