@@ -102,7 +102,8 @@ class FedAUX(DistillationStrategy):
     )
     verified: ClassVar[str] = (
         "scores against scikit-learn and SciPy, noise by its moments, sensitivity by replacing samples; targets in "
-        "float64 NumPy; equal scores are FedDF; Adam carried = one long run; bytes; resume"
+        "float64 NumPy; equal scores are FedDF; Adam carried = one long run; two rounds' distillation step by step; "
+        "bytes; resume"
     )
     pitfalls: ClassVar[str] = (
         "most of the gain is the pre-training: report scoring = false beside it; with few samples a client the noise "

@@ -52,8 +52,8 @@ class FedBE(DistillationStrategy):
         "Local schedules are the scenario's."
     )
     verified: ClassVar[str] = (
-        "samplers by hand, in float64 NumPy and by their moments; targets and SWA by hand; clients alone without "
-        "sharpening have FedDF's targets of probabilities; bytes"
+        "samplers by hand, in float64 NumPy and by their moments; targets and SWA by hand; a distillation with both "
+        "schedules step by step; clients alone without sharpening have FedDF's targets of probabilities; bytes"
     )
     pitfalls: ClassVar[str] = (
         "ports differ in teachers, samples and reduction, and their results are not comparable; "

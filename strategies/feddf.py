@@ -42,7 +42,8 @@ class FedDF(FedAvg):
         "off there as here; the code drops outliers among teachers alone, here they are left out of the average too."
     )
     verified: ClassVar[str] = (
-        "targets, loss, optimiser steps and filters by hand and in float64 NumPy; K = 1 has loss 0; bytes; resume"
+        "targets, loss, filters and the average of those who pass them by hand and in float64 NumPy; a distillation "
+        "step by step; K = 1 has loss 0; bytes; resume"
     )
     pitfalls: ClassVar[str] = (
         "start the student from the average; without norm layers drop the worst members; "

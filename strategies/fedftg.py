@@ -69,8 +69,8 @@ class FedFTG(DistillationStrategy):
         "the scenario's."
     )
     verified: ClassVar[str] = (
-        "terms and weights by hand and in float64 NumPy; equal models disagree by 0; label draws by their frequencies; "
-        "bytes; resume"
+        "terms and weights by hand and in float64 NumPy; two iterations of generator and average step by step; equal "
+        "models disagree by 0; label draws by their frequencies; bytes; resume"
     )
     pitfalls: ClassVar[str] = (
         "label counts disclose more than FedAvg does; no text; BatchNorm's statistics move to the generated samples; "

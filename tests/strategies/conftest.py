@@ -1,7 +1,9 @@
 """What tests of several methods ask for."""
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -66,6 +68,107 @@ def descend():
             optimizer.step()
 
     return run
+
+
+@pytest.fixture
+def adam():
+    """Return Adam by its formulas (Kingma & Ba 2015): a function of gradients and a rate, which takes a step."""
+
+    def make(parameters):
+        parameters, steps = list(parameters), [0]
+        moments = [(torch.zeros_like(parameter), torch.zeros_like(parameter)) for parameter in parameters]
+
+        @torch.no_grad()
+        def step(gradients, lr):
+            steps[0] += 1
+            for parameter, (first, second), gradient in zip(parameters, moments, gradients, strict=True):
+                first += 0.1 * (gradient - first)
+                second += 0.001 * (gradient**2 - second)
+                size = (second / (1 - 0.999 ** steps[0])).sqrt() + 1e-8
+                parameter -= lr * first / (1 - 0.9 ** steps[0]) / size
+
+        return step
+
+    return make
+
+
+class Distilled(NamedTuple):
+    """What came of distillations of a linear student: its weights [C, D], batches of sample ids, reports by round."""
+
+    weights: torch.Tensor
+    batches: list
+    reports: list
+
+
+@pytest.fixture
+def distilled():
+    """Return a function that lets a method distil members with given logits [K, n, C] into a student x ↦ W x.
+
+    In float64, so that settings of little effect, such as a small weight decay, can be told from rounding.
+    """
+    from fedkd.data.batches import ArrayData
+    from fedkd.models import Outputs
+    from fedkd.server.members import StoredMember
+
+    class Linear(torch.nn.Module):
+        def __init__(self, weights):
+            super().__init__()
+            self.weights = torch.nn.Parameter(torch.from_numpy(weights.copy()))
+
+        def forward(self, x):
+            return Outputs(x.double() @ self.weights.T, x)
+
+    class Watched(ArrayData):
+        def gather(self, ids, **options):
+            batches.append(torch.as_tensor(ids).numpy())
+            return super().gather(ids, **options)
+
+    class Proxy(SimpleNamespace):
+        def __len__(self):
+            return len(self.data)
+
+    batches: list = []
+
+    def run(method, logits, x, start, rounds=1):
+        model, reports = Linear(start), []
+
+        def load(arch, state):
+            model.load_state_dict(state)
+            return model
+
+        method.server = SimpleNamespace(
+            seed=0,
+            device=torch.device("cpu"),
+            channels_last=False,
+            scenario=SimpleNamespace(system=SimpleNamespace(server_precision="fp32")),
+            proxy=Proxy(data=Watched(x, None, kind="vector")),
+            has_labels=False,
+            model=load,
+            state_of=lambda model: {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        )
+        members = [StoredMember(range(len(x)), torch.from_numpy(z)) for z in logits]
+        method.members, method.teachers = [SimpleNamespace(partition_id=k) for k in range(len(logits))], lambda: members
+        method.students = {"linear": {"weights": torch.from_numpy(start.copy())}}
+        batches.clear()
+        for method.round in range(1, rounds + 1):
+            method.distilled = {}
+            method.distill()
+            reports.append(method.distilled["linear"])
+        return Distilled(method.students["linear"]["weights"], list(batches), reports)
+
+    return run
+
+
+@pytest.fixture
+def linear_case():
+    """Return logits of three members [3, 12, 4], samples [12, 5] and weights [4, 5], all of float32's numbers.
+
+    Samples are of very different lengths, and so are gradients.
+    """
+    draw = np.random.default_rng(0)
+    lengths = np.geomspace(0.1, 100, 12)[draw.permutation(12), None]
+    case = draw.normal(size=(3, 12, 4)) * 3, draw.normal(size=(12, 5)) * lengths, draw.normal(size=(4, 5)) / 4
+    return tuple(part.astype(np.float32).astype(np.float64) for part in case)
 
 
 @pytest.fixture

@@ -154,6 +154,35 @@ def test_equal_scores_are_feddf(prepared):
     torch.testing.assert_close(only, method.teachers()[0].outputs(data, method.asked))
 
 
+def test_two_distillations_by_hand(distilled, linear_case, adam):
+    from strategies.fedaux import FedAUX
+
+    z, x, start = linear_case
+    asked, said = np.array([0, 1, 2, 4, 5, 7, 8, 10, 11]), np.random.default_rng(1).uniform(size=(3, 9))
+    method = FedAUX(epochs=2, batch_size=5, lr=0.01)
+    method.asked, method.moments = torch.from_numpy(asked), {}
+    method.scores = {client: torch.from_numpy(values).float() for client, values in enumerate(said)}
+    student, batches, reports = distilled(method, z, x, start, rounds=2)
+    assert [len(rows) for rows in batches] == [5, 4] * 2 * 2
+
+    mean = np.zeros((12, 4))
+    mean[asked] = (said[:, :, None] * z[:, asked]).sum(0) / said.sum(0)[:, None]
+    target, x = torch.from_numpy(mean).float().double().softmax(1), torch.from_numpy(x)
+    weights, norms, losses = torch.from_numpy(start).requires_grad_(), [], []
+    descend = adam([weights])  # which goes on in the second round
+    for rows in batches:
+        log_q = (x[rows] @ weights.T).log_softmax(1)
+        loss = (target[rows] * (target[rows].log() - log_q)).sum() / len(rows)
+        [gradient] = torch.autograd.grad(loss, [weights])
+        descend([gradient], 0.01)
+        norms.append(float(gradient.norm()))
+        losses.append(float(loss.detach()))
+    assert min(norms) > 5 and max(norms) > 4 * min(norms)  # clipping would tell
+    torch.testing.assert_close(student, weights.detach(), rtol=0, atol=1e-7)
+    ends = [report[key] for report in reports for key in ("loss_first", "loss_last")]
+    assert ends == pytest.approx([losses[step] for step in (0, 3, 4, 7)], rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [

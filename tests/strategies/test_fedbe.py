@@ -108,6 +108,43 @@ def test_the_student_is_the_mean_of_snapshots(small, federate, monkeypatch):
         torch.testing.assert_close(tensor.double(), mean, atol=1e-6, rtol=0)
 
 
+# Halfway to the first end of a cycle, then cycles of four steps that end where snapshots are taken: after 2, 6 and 10.
+CYCLES = [3 / 4, 1, 1 / 4, 1 / 2, 3 / 4, 1, 1 / 4, 1 / 2, 3 / 4, 1, 1 / 4, 1 / 2]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "reduction", "fractions"), [("cyclic", "mean_all", CYCLES), ("constant", "batchmean", [0] * 12)]
+)
+def test_a_distillation_by_hand(distilled, linear_case, schedule, reduction, fractions):
+    from strategies.fedbe import FedBE
+
+    z, x, start = linear_case
+    rates = {"lr": 0.05, "lr_low": 0.02, "schedule": schedule}
+    method = FedBE(epochs=4, batch_size=5, reduction=reduction, swa_start=2, swa_every=4, **rates)
+    student, batches, [report] = distilled(method, z, x, start)
+    assert [len(rows) for rows in batches] == [5, 5, 2] * 4
+
+    p = torch.from_numpy(z).softmax(-1).mean(0)
+    target = (p**2 / (p**2).sum(1, keepdim=True)).float().double()
+    x, weights, velocity = torch.from_numpy(x), torch.from_numpy(start).requires_grad_(), torch.zeros(4, 5)
+    norms, losses, snapshots = [], [], []
+    for rows, fraction in zip(batches, fractions, strict=True):
+        log_q = (x[rows] @ weights.T).log_softmax(1)
+        divergences = (target[rows] * (target[rows].log() - log_q)).sum(1)
+        loss = divergences.mean() / (4 if reduction == "mean_all" else 1)
+        [gradient] = torch.autograd.grad(loss, [weights])
+        with torch.no_grad():
+            velocity = 0.9 * velocity + gradient + 1e-5 * weights
+            weights -= (0.05 + (0.02 - 0.05) * fraction) * velocity
+        norms.append(float(gradient.norm()))
+        losses.append(float(loss.detach()))
+        if len(losses) in (2, 6, 10):
+            snapshots.append(weights.detach().clone())
+    assert max(norms) > 6  # nothing is clipped
+    torch.testing.assert_close(student, torch.stack(snapshots).mean(0), rtol=0, atol=1e-7)
+    assert (report["loss_first"], report["loss_last"]) == pytest.approx((losses[0], losses[-1]), rel=1e-6)
+
+
 def test_norm_statistics_are_estimated_afresh_on_the_proxy_set(small, federate):
     strategy, _ = federate(small(FAST | {"batch_size": 60}, **BN, proxy__size=60, run__rounds=1))
     server = strategy.server

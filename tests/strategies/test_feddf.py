@@ -1,5 +1,6 @@
-"""FedDF's schemes and filters against numbers worked out independently."""
+"""FedDF's schemes, filters and distillation against numbers worked out independently."""
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -98,6 +99,60 @@ def test_members_are_dropped_below_chance_and_outliers_where_nobody_is():
     # 1.2 · 0.25 = 0.3: somebody is below it, so only they go.
     assert judged(BELOW_CHANCE, drop_worst=True, drop_outliers=True) == [0, 1, 2, 3, 4]
     assert judged(BELOW_CHANCE, drop_outliers=True) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(("filters", "accuracy"), [("drop_worst", 0.29), ("drop_outliers", 0.31)])
+def test_who_is_dropped_is_neither_in_the_average_nor_in_the_ensemble(small, federate, monkeypatch, filters, accuracy):
+    from fedkd.server.runtime import ServerRuntime
+
+    sent, seen, distill = [], [], FedDF.distill
+
+    def accuracies(server, uploads):
+        sent.extend((upload.partition_id, upload.num_examples, dict(upload.state)) for upload in uploads)
+        return iter([accuracy if upload.partition_id == 2 else 0.8 for upload in uploads])
+
+    def watch(method):
+        teachers = [t.outputs(method.server.proxy.data, torch.arange(60)).double() for t in method.teachers()]
+        targets = method.ensemble().targets(method.server.proxy.data).values
+        seen.append((method.students["mlp"], teachers, targets))
+        distill(method)
+
+    monkeypatch.setattr(ServerRuntime, "label_accuracies", accuracies)
+    monkeypatch.setattr(FedDF, "distill", watch)
+    changes = {"proxy__server_labels": 40, "run__rounds": 1, "run__participation": 1.0}
+    strategy, events = federate(small({"name": "feddf", "steps": 1, filters: True}, **changes))
+    [(average, teachers, targets)] = seen
+    assert [e["partition_id"] for e in events if e["event"] == "dropped"] == [2]
+    assert [p for p, _, _ in sent] == [0, 1, 2, 3, 4, 5]
+
+    good = [(n, state) for p, n, state in sent if p != 2]
+    for name, tensor in average.items():
+        x = np.stack([state[name].double().numpy() for _, state in good])
+        np.testing.assert_allclose(tensor.numpy(), np.average(x, axis=0, weights=[n for n, _ in good]), atol=1e-6)
+    outputs = [strategy.server.predict("mlp", state, strategy.server.proxy.data).double() for _, state in good]
+    assert len(teachers) == 5 and all(torch.equal(one, two) for one, two in zip(teachers, outputs, strict=True))
+    torch.testing.assert_close(targets.double(), torch.stack(outputs).mean(0), atol=1e-5, rtol=0)
+
+
+def test_a_distillation_by_hand(distilled, linear_case, adam):
+    z, x, start = linear_case
+    method = FedDF(steps=7, batch_size=5, temperature=2.0, lr=0.01)
+    student, batches, [report] = distilled(method, z, x, start)
+    assert [len(rows) for rows in batches] == [5, 5, 2, 5, 5, 2, 5]
+
+    x, weights = torch.from_numpy(x), torch.from_numpy(start).requires_grad_()
+    target = (torch.from_numpy(z).mean(0).float().double() / 2).softmax(1)
+    descend, norms, losses = adam([weights]), [], []
+    for step, rows in enumerate(batches):
+        log_q = (x[rows] @ weights.T / 2).log_softmax(1)
+        loss = (target[rows] * (target[rows].log() - log_q)).sum() / len(rows)
+        [gradient] = torch.autograd.grad(loss, [weights])
+        norms.append(float(gradient.norm()))
+        descend([gradient * min(1.0, 5 / norms[-1])], 0.01 * (1 + math.cos(math.pi * step / 7)) / 2)
+        losses.append(float(loss.detach()))
+    assert min(norms) < 1 and max(norms) > 10  # clipping matters, and the size of the loss with it
+    torch.testing.assert_close(student, weights.detach(), rtol=0, atol=1e-7)
+    assert (report["loss_first"], report["loss_last"]) == pytest.approx((losses[0], losses[-1]), rel=1e-6)
 
 
 @pytest.mark.parametrize("option", ["drop_worst", "drop_outliers", "compare_start"])

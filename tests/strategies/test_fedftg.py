@@ -2,11 +2,14 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from fedkd.models import Outputs
+from fedkd.models.generators import Generator
 from fedkd.payloads import Knowledge, LabelCounts
 from fedkd.server.generation import Generated
 from strategies.fedftg import FedFTG
@@ -107,6 +110,94 @@ def test_class_weights_labels_and_rates(small, federate, monkeypatch):
     # The generator lives on.
     assert all(torch.equal(tensor, went_on[name]) for name, tensor in ended.items())
     assert any(not torch.equal(tensor, begun[name]) for name, tensor in ended.items())
+
+
+class Linear(torch.nn.Module):
+    """A linear classifier that tells training from evaluation mode."""
+
+    def __init__(self, seed):
+        super().__init__()
+        draw = torch.Generator().manual_seed(seed)
+        self.norm, self.head = torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3)
+        for tensor in (*self.head.parameters(), self.norm.running_mean):
+            tensor.data.normal_(generator=draw)
+        self.norm.running_var.uniform_(0.5, 2.0, generator=draw)
+
+    def forward(self, x):
+        return Outputs(self.head(self.norm(x)), x)
+
+
+class LinearGenerator(Generator):
+    """A linear generator that does so too, and remembers what its samples are made of."""
+
+    def __init__(self):
+        super().__init__(5, 3)
+        self.norm, self.map, self.seen = torch.nn.BatchNorm1d(8, affine=False), torch.nn.Linear(8, 4), []
+        for parameter in self.map.parameters():
+            parameter.data.normal_(generator=torch.Generator().manual_seed(9))
+
+    def forward(self, noise, labels):
+        self.seen.append((noise, labels))
+        return self.of(noise, labels)
+
+    def of(self, noise, labels):
+        return self.map(self.norm(torch.cat([noise, torch.eye(3)[labels]], dim=1)))
+
+
+def test_two_iterations_by_hand(adam):
+    clients, average, generator = [Linear(1).eval(), Linear(2).eval()], Linear(3), LinearGenerator()
+    student, made = copy.deepcopy(average), copy.deepcopy(generator)
+    method = FedFTG(iterations=2, student_steps=3, batch_size=7, lambda_cls=0.7, lambda_dis=2.0)
+    method.server = SimpleNamespace(  # type: ignore[assignment]
+        seed=0,
+        device=torch.device("cpu"),
+        model=lambda arch, state=None: average,
+        complete=lambda arch, state: dict(state),
+        state_of=lambda model: model.state_dict(),
+    )
+    method.generator, method.round, method.distilled = generator, 3, {}
+    method.counts = {4: torch.tensor([6, 1, 0]), 8: torch.tensor([2, 3, 4])}
+    method.members = [  # type: ignore[assignment]
+        SimpleNamespace(partition_id=p, arch="linear", state=client.state_dict())
+        for p, client in zip((4, 8), clients, strict=True)
+    ]
+    method.students = {"linear": average.state_dict()}
+    method.distill()
+
+    # Twice a step for each client and samples for the average, of the same noise and labels.
+    assert len(generator.seen) == 2 * (2 + 1) and method.distilled["linear"]["steps"] == 2 * 3
+    draws = [generator.seen[i : i + 3] for i in (0, 3)]
+    assert all(torch.equal(z, turn[0][0]) and torch.equal(y, turn[0][1]) for turn in draws for z, y in turn)
+    assert not torch.equal(draws[0][0][0], draws[1][0][0])
+    shares = torch.tensor([[6 / 8, 1 / 4, 0.0], [2 / 8, 3 / 4, 1.0]])
+    tune, losses = adam(made.parameters()), []
+    for (z, y), *_ in draws:
+        alphas = shares[:, y]
+        for client, alpha in zip(clients, alphas, strict=True):
+            x = made.train().of(z, y)
+            log_p, log_q = client(x).logits.log_softmax(1), student.eval()(x).logits.log_softmax(1)
+            gap = (alpha * (log_p.exp() * (log_p - log_q)).sum(1)).sum() / 7
+            fit = -(alpha * log_p[range(7), y]).sum() / 7
+            alike = [(z[i] - z[j]).square().mean() * (x[i] - x[j]).abs().mean() for i in range(7) for j in range(7)]
+            loss = -gap + 0.7 * fit + 2.0 * torch.exp(-sum(alike) / 49) / 2
+            tune(torch.autograd.grad(loss, list(made.parameters())), 0.01 * 0.998**2)
+        with torch.no_grad():
+            x = made.eval().of(z, y)
+            target = sum(alpha[:, None] * client(x).logits.softmax(1) for client, alpha in zip(clients, alphas))
+        for _ in range(3):
+            log_q = student.train()(x).logits.log_softmax(1)
+            loss = (target * (target.log() - log_q)).sum() / (7 * 3)
+            gradients = torch.autograd.grad(loss, list(student.parameters()))
+            with torch.no_grad():
+                for parameter, gradient in zip(student.parameters(), gradients, strict=True):
+                    parameter -= 0.1 * 0.998**2 * (gradient + 1e-3 * parameter)
+            losses.append(loss.item())
+    for name, tensor in generator.state_dict().items():
+        torch.testing.assert_close(tensor, made.state_dict()[name], rtol=1e-5, atol=2e-6)
+    for name, tensor in student.state_dict().items():
+        torch.testing.assert_close(method.students["linear"][name], tensor, rtol=1e-5, atol=2e-6)
+    ends = [method.distilled["linear"][key] for key in ("loss_first", "loss_last")]
+    assert ends == pytest.approx([losses[0], losses[-1]], rel=1e-4)
 
 
 @pytest.mark.parametrize("buffers", ["all", "params_only"])
