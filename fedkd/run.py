@@ -47,6 +47,7 @@ from fedkd.run_folder import (
     folder_of,
     is_finished,
     locked,
+    plain,
     read_metrics,
     write_model,
 )
@@ -286,7 +287,7 @@ def _run_locked(
 
         def write(event: Event) -> None:
             if event["event"] not in LIVE_ONLY:
-                log.write(json.dumps(event, allow_nan=False) + "\n")
+                log.write(json.dumps(plain(event), allow_nan=False) + "\n")
                 log.flush()
             listener.event(event)
 
@@ -305,7 +306,6 @@ def _run_locked(
                 write_atomic(folder / "scenario.toml", dump(scenario).encode())
             facts = environment(scenario, grid.workers, known)
             write_atomic(folder / "environment.json", json.dumps(facts, indent=2).encode())
-            grid.on_lost = partial(_recover, checkpoints, write)
             if saved is not None:
                 restore(*saved, strategy, server, grid)
             _announce(server, strategy.round if saved is not None else 0, again=log.tell() > 0)
@@ -315,7 +315,7 @@ def _run_locked(
             for name, state in strategy.students.items():
                 stem = "model" if len(strategy.students) == 1 else f"model-{re.sub(r'[^A-Za-z0-9]+', '-', name)}"
                 write_model(folder / f"{stem}.safetensors", server.complete(name, state), name)
-            write_atomic(folder / "summary.json", json.dumps(summary, indent=2).encode())
+            write_atomic(folder / "summary.json", json.dumps(plain(summary), indent=2).encode())
         except KeyboardInterrupt:
             write({"event": "interrupted", "round": strategy.__dict__.get("round", 0)})
             raise RunInterrupted(folder) from None
@@ -364,6 +364,7 @@ def _rounds(
             if strategy.round % run.checkpoint_every == 0 or strategy.round == run.rounds:
                 checkpoints.save(strategy, server, grid, seconds())
 
+        grid.on_lost = partial(_recover, checkpoints, strategy, server, grid)
         try:
             strategy.start(grid, after_round=after_round)
             return strategy, server
@@ -389,7 +390,7 @@ def _as_recorded(scenario: Scenario, recorded: Scenario) -> Scenario:
     """Return a scenario with what was settled when its run began, and what results depend on."""
     old, system = recorded.system, scenario.system
     settled: dict[str, Any] = {name: getattr(old, name) for name in ("server_threads", "trainer", "cohort")}
-    if not (system.workers or system.gpu_fraction):
+    if not system.gpu_fraction and system.workers in (0, old.workers):
         settled |= {"workers": old.workers, "gpu_fraction": old.gpu_fraction}
     return scenario.model_copy(update={"system": system.model_copy(update=settled)})
 
@@ -414,10 +415,25 @@ def _settle(grid: SimulationGrid, asked: Scenario, report: Report, federation: F
     return grid
 
 
-def _recover(checkpoints: Checkpoints, write: Callable[[Event], None], partition_id: int) -> RecordDict | None:
-    """Return the last saved state of a client, for one that was lost with its node; report the loss."""
+def _recover(
+    checkpoints: Checkpoints,
+    strategy: DistillationStrategy,
+    server: ServerRuntime,
+    grid: SimulationGrid,
+    partition_id: int,
+) -> RecordDict | None:
+    """Return the saved state of a client, for one that was lost with its node; report the loss.
+
+    Raises
+    ------
+    LostError
+        The client has had a newer one since.
+    """
+    if grid.has_changed(partition_id):
+        raise LostError(f"a state of client {partition_id} that had not been saved was lost with its node")
     at, state = checkpoints.state_of(partition_id)
-    write({"event": "state-lost", "partition_id": partition_id, "restored_from": at})
+    event = {"event": "state-lost", "round": strategy.round, "partition_id": partition_id, "restored_from": at}
+    server.on_event(event)
     return state
 
 

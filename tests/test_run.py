@@ -1,14 +1,17 @@
 """Runs: equal metrics on every engine and when resumed, folders, refusals, failures."""
 
 import json
+from functools import partial
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from safetensors.torch import load_file
 
 from fedkd import checkpoint, run
-from fedkd.errors import RunError, ScenarioError
+from fedkd.errors import LostError, RunError, ScenarioError
 
 STRATEGIES = [
     {"name": "fedavg"},
@@ -337,6 +340,37 @@ def test_malformed_knowledge_is_refused_by_the_client(small):
         node = next(iter(grid.get_node_ids()))
         (reply,) = grid.send_and_receive([Message(content=bad, message_type="train", dst_node_id=node)])
     assert reply.error.code == REFUSED and "wrong keys" in reply.error.reason
+
+
+def test_a_client_with_huge_weights_does_not_stop_the_round(small, tmp_path, monkeypatch):
+    """They are finite, and so is their average; but what models answer with them is not."""
+
+    def huge(message, context, call_next):
+        reply = call_next(message, context)
+        if message.metadata.message_type == "train" and context.node_config["partition-id"] == 2:
+            arrays = {name: Array(np.full_like(a.numpy(), 1e30)) for name, a in reply.content["weights"].items()}
+            reply.content["weights"] = ArrayRecord(arrays)
+        return reply
+
+    monkeypatch.setattr(run, "make_app", partial(run.make_app, mods=[huge]))
+    result = run.execute(small(run__participation=1.0, run__rounds=1), out=tmp_path)
+    (event,) = [event for event in run.read_metrics(result.folder) if event["event"] == "round"]
+    server, ensemble = event["predictors"]["server"], event["predictors"]["ensemble"]
+    assert event["received"] == 6 and server["loss"] is None and 0 <= server["accuracy"] <= 1
+    assert ensemble["loss"] < 2 and ensemble["accuracy"] > 0.25  # of the five others
+    json.loads((result.folder / "summary.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_a_lost_state_comes_from_the_checkpoint_only_if_it_is_the_one_that_was_saved():
+    events = []
+    checkpoints = SimpleNamespace(state_of=lambda partition: (2, f"state of {partition}"))
+    strategy, server = SimpleNamespace(round=4), SimpleNamespace(on_event=events.append)
+    grid = SimpleNamespace(has_changed=lambda partition: partition == 3)
+    recover = partial(run._recover, checkpoints, strategy, server, grid)
+    assert recover(1) == "state of 1"
+    assert events == [{"event": "state-lost", "round": 4, "partition_id": 1, "restored_from": 2}]
+    with pytest.raises(LostError, match="client 3"):
+        recover(3)
 
 
 def test_too_few_replies_stop_the_run_resumably(small, tmp_path):

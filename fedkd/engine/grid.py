@@ -288,6 +288,10 @@ class SimulationGrid(Grid):
         changed, self._changed = sorted(self._changed), set()
         return dict(zip(changed, self._fetch(changed)))
 
+    def has_changed(self, partition: int) -> bool:
+        """Whether the state of a client is newer than what `take_changed` returned last."""
+        return partition in self._changed
+
     def _fetch(self, partitions: list[int]) -> list[RecordDict | None]:
         """Return the states of clients, None for those that have none."""
         return [self._states.get(partition) for partition in partitions]

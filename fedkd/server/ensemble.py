@@ -8,6 +8,7 @@ of teachers. Everything is accumulated in float64, in the order of the members.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -27,6 +28,8 @@ from fedkd.wording import did_you_mean
 
 if TYPE_CHECKING:
     from fedkd.data.batches import ArrayData
+
+log = logging.getLogger(__name__)
 
 JOINT_ROWS = 2**18  # members × samples that a reduce which needs all members at once may hold; bounds its memory
 
@@ -118,13 +121,13 @@ class Ensemble:
         -------
         Targets
             For the samples that at least one member covers with a positive weight, in the order of `ids`; the
-            others are left out, never averaged in as zeros. Space ``logits`` if the ensemble's is and no
-            transform follows, else ``probs``.
+            others are left out, never averaged in as zeros. A sample for which a member's outputs are not finite
+            is not covered by it. Space ``logits`` if the ensemble's is and no transform follows, else ``probs``.
 
         Raises
         ------
         KnowledgeError
-            No sample is covered, members disagree about the number of classes, or outputs are not finite.
+            No sample is covered, or members disagree about the number of classes.
         ScenarioError
             Weights of the wrong shape for these data.
         """
@@ -137,7 +140,7 @@ class Ensemble:
             reduce = REDUCES[self.reduce] if isinstance(self.reduce, str) else self.reduce
             kept, values = self._jointly(reduce, array, wanted, batch_size, size)
         if not len(kept):
-            raise KnowledgeError("no member of the ensemble covers any of the samples")
+            raise KnowledgeError("no member of the ensemble has finite outputs for any of the samples")
         for transform in self.transform:
             values = transform(values)
         space = "logits" if self.space == "logits" and not self.transform else "probs"
@@ -210,19 +213,30 @@ class Ensemble:
         for k, member in enumerate(self.members):
             rows, values = next(outputs)
             if len(rows):
-                values = self._view(k, member, rows, values)
+                rows, values = self._finite(k, rows, values)
+            if len(rows):
+                values = self._view(member, values)
                 yield k, rows, values
             del values
 
-    def _view(self, k: int, member: Member, rows: Tensor, values: Tensor) -> Tensor:
-        """Return a member's outputs in the ensemble's space, float64 [m, C]."""
+    def _finite(self, k: int, rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what of a member's outputs is finite: weights that are may give outputs that are not."""
         if values.ndim != 2 or len(values) != len(rows):
             raise KnowledgeError(
                 f"ensemble member {k} gave outputs of shape {tuple(values.shape)} for {len(rows)} samples"
             )
+        finite = torch.isfinite(values).all(1)
+        if bool(finite.all()):
+            return rows, values
+        log.warning(
+            "outputs of ensemble member %d are not finite for %d of %d samples and are left out there",
+            *(k, int((~finite).sum()), len(finite)),
+        )
+        return rows[finite], values[finite]
+
+    def _view(self, member: Member, values: Tensor) -> Tensor:
+        """Return a member's outputs in the ensemble's space, float64 [m, C]."""
         values = values.double()
-        if not bool(torch.isfinite(values).all()):
-            raise KnowledgeError(f"outputs of ensemble member {k} hold NaN or infinite numbers")
         if self.space == "votes":
             return Argmax()(values)
         if self.space == "probs" and member.space == "logits":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedkd.errors import KnowledgeError
 from fedkd.server.members import Member, stream
 
 if TYPE_CHECKING:
     from fedkd.data.batches import ArrayData
+    from fedkd.server.ensemble import Ensemble
 
 Predict = Member | Callable[["ArrayData"], Tensor]
 """What can be evaluated: a member, or a function from data to logits [N, C]."""
@@ -24,6 +27,16 @@ def predictions(predictors: Mapping[str, Predict], data: ArrayData) -> dict[str,
     outputs = [values for _, values in stream(list(members.values()), data, torch.arange(len(data)))]
     logits = dict(zip(members, outputs, strict=True))
     return {name: p(data) if not isinstance(p, Member) else logits[name] for name, p in predictors.items()}
+
+
+def log_probs(ensemble: Ensemble, data: ArrayData, num_classes: int) -> Tensor:
+    """Return an ensemble's log-probabilities [N, C]; uniform ones where none of its members has finite outputs."""
+    found = torch.full((len(data), num_classes), -math.log(num_classes))
+    try:
+        targets = ensemble.targets(data)
+    except KnowledgeError:  # for no sample at all
+        return found
+    return found.index_copy(0, targets.ids, targets.log_probs())
 
 
 def scores(logits: Tensor, labels: Tensor, bins: int = 15) -> dict[str, Any]:
@@ -41,7 +54,8 @@ def scores(logits: Tensor, labels: Tensor, bins: int = 15) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``accuracy`` in [0, 1]; ``loss``, the mean cross-entropy in nats; ``per_class``, the recall of each class
+        ``accuracy`` in [0, 1]; ``loss``, the mean cross-entropy in nats, infinite or NaN where logits are not finite;
+        ``per_class``, the recall of each class
         (None for a class without test samples); ``calibration_error``, the expected calibration error of Guo et al.
         2017, in [0, 1].
 
@@ -50,8 +64,7 @@ def scores(logits: Tensor, labels: Tensor, bins: int = 15) -> dict[str, Any]:
     >>> scores(torch.tensor([[4.0, 0.0], [4.0, 0.0]]), torch.tensor([0, 1]))["per_class"]
     [1.0, 0.0]
     """
-    probs = logits.double().softmax(1)
-    confidence, guess = probs.max(1)
+    confidence, guess = logits.double().softmax(1).nan_to_num().max(1)  # a prediction that is none is class 0
     correct = (guess == labels).double()
     bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
     gap = torch.zeros(bins, dtype=torch.double).index_add_(0, bin_of, correct - confidence)

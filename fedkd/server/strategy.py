@@ -23,7 +23,7 @@ from fedkd.server.averaging import Averages
 from fedkd.server.compute import ComputedMember
 from fedkd.server.distiller import Distiller
 from fedkd.server.ensemble import Ensemble
-from fedkd.server.evaluation import Predict, agreement, predictions, scores, spread
+from fedkd.server.evaluation import Predict, agreement, log_probs, predictions, scores, spread
 from fedkd.server.runtime import ServerRuntime
 from fedkd.server.selection import draw, how_many, select
 from fedkd.server.targets import Targets
@@ -179,7 +179,7 @@ class DistillationStrategy(Strategy):
             named[name] = compute.member(Weights(state, arch))
         if self.members:
             ensemble = self.ensemble()
-            named["ensemble"] = lambda data: ensemble.targets(data).log_probs()
+            named["ensemble"] = lambda data: log_probs(ensemble, data, self.server.federation.num_classes)
         return named
 
     # --- shared machinery ------------------------------------------------------------------------------------

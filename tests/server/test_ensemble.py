@@ -415,12 +415,33 @@ def test_other_refusals() -> None:
         StoredMember([1, 1], torch.zeros(2, 2))
 
 
+class Table(nn.Module):
+    """Logits of each sample by its first feature, whatever they are."""
+
+    def __init__(self, *rows: list[float]) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.tensor(rows))
+
+    def forward(self, x: Tensor) -> Outputs:
+        return Outputs(self.rows[x[:, 0].long()], x)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "median"])
+def test_a_member_does_not_count_where_its_outputs_are_not_finite(reduce, caplog) -> None:
+    inf = float("inf")
+    tables = [[1.0, 0.0], [4.0, 2.0]], [[3.0, 0.0], [0.0, inf]], [[8.0, -inf], [2.0, 4.0]]
+    data = ArrayData(np.array([[0.0], [1.0]], np.float32), kind="vector")
+    targets = Ensemble([ModelMember(Table(*rows)) for rows in tables], reduce=reduce).targets(data)
+    torch.testing.assert_close(targets.values, torch.tensor([[2.0, 0.0], [3.0, 3.0]]))
+    assert "member 1 are not finite for 1 of 2 samples" in caplog.text
+
+
 def test_not_finite_outputs_are_refused() -> None:
     broken = Linear()
     with torch.no_grad():
         broken.head.bias[1] = float("nan")
-    with pytest.raises(KnowledgeError, match="member 1 hold NaN"):
-        Ensemble([ModelMember(Linear()), ModelMember(broken)]).targets(vectors(3))
+    with pytest.raises(KnowledgeError, match="no member of the ensemble has finite outputs"):
+        Ensemble([ModelMember(broken), ModelMember(broken)]).targets(vectors(3))
     with pytest.raises(KnowledgeError, match="not finite, first 4"):
         Targets(torch.tensor([[0.0], [float("inf")]]), "logits", torch.tensor([3, 4]))
     with pytest.raises(KnowledgeError, match="do not fit"):
