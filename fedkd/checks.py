@@ -218,6 +218,12 @@ def _device(scenario: Scenario) -> None:
             key="system.device",
             hint="auto takes a GPU if there is one",
         )
+    if scenario.system.engine == "ray" and device.startswith("cuda:") and device != "cuda:0":
+        raise ScenarioError(
+            f"is {device!r}, but on Ray a worker sees one GPU alone",
+            key="system.device",
+            hint='use "cuda" with CUDA_VISIBLE_DEVICES set, or engine = "inline"',
+        )
 
 
 def _participation(scenario: Scenario) -> None:

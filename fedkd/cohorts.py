@@ -5,7 +5,7 @@ computed for a cohort as a whole has the same bits wherever the cohort runs. Mea
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 COHORTS = 16
@@ -142,7 +142,9 @@ class Parts:
 
 
 class Costs:
-    """Seconds per sample of each architecture, as measured; they decide in which order cohorts start, nothing else.
+    """Seconds per sample of each kind of work, as measured; they decide in which order cohorts start, nothing else.
+
+    A kind is what clients are asked for, and their architecture.
 
     Examples
     --------
@@ -156,13 +158,13 @@ class Costs:
     """
 
     def __init__(self) -> None:
-        self._rates: dict[str, float] = {}
+        self._rates: dict[Hashable, float] = {}
 
-    def of(self, arch: str, samples: int) -> float:
-        """Return the expected seconds of a cohort; an architecture not seen yet costs as much as the dearest."""
-        return samples * self._rates.get(arch, max(self._rates.values(), default=1.0))
+    def of(self, kind: Hashable, samples: int) -> float:
+        """Return the expected seconds of a cohort; a kind not seen yet costs as much as the dearest."""
+        return samples * self._rates.get(kind, max(self._rates.values(), default=1.0))
 
-    def learn(self, arch: str, samples: int, seconds: float) -> None:
+    def learn(self, kind: Hashable, samples: int, seconds: float) -> None:
         """Take in what a cohort took; recent cohorts count most, since load changes."""
         rate = seconds / max(samples, 1)
-        self._rates[arch] = 0.5 * (self._rates.get(arch, rate) + rate)
+        self._rates[kind] = 0.5 * (self._rates.get(kind, rate) + rate)

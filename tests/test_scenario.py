@@ -329,6 +329,7 @@ def test_assigned_values_are_copies():
         ({"run": {"participation": 0.01}}, ["run.participation", "0.01 of 20 clients", "0.025"]),
         ({"system": {"min_replies": 21}}, ["system.min_replies", "at most 20", "is 21"]),
         ({"system": {"device": "gpu"}}, ["system.device", "'gpu'", "cuda"]),
+        ({"system": {"device": "cuda:1", "engine": "ray"}}, ["system.device", "one GPU alone"]),
         ({"partition": {"test": 0.5, "validation": 0.5}}, ["partition.", "0.5", "below 1"]),
     ],
 )

@@ -358,12 +358,13 @@ class Timing:
         Raises
         ------
         KnowledgeError
-            The client reports a negative number, or one that is not finite.
+            The client reports a negative number, or numbers of which no finite duration follows.
         """
         download, per_sample, per_byte = self.clients[partition]
-        if not (0 <= samples < math.inf and 0 <= slowdown < math.inf):
+        duration = download + samples * per_sample * slowdown + up * per_byte
+        if not (samples >= 0 and slowdown >= 0 and duration < math.inf):
             raise KnowledgeError(f"no duration follows from {samples} samples with a slowdown of {slowdown}")
-        return download + samples * per_sample * slowdown + up * per_byte
+        return duration
 
     def check(self, partition: int, seconds: float) -> None:
         """Refuse a client that misses the deadline.

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from flwr.app import Message
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode
 
 from fedkd.engine.grid import STORED, Fetch, Item, Outcome, SimulationGrid
 from fedkd.engine.measure import Measured
@@ -76,7 +77,11 @@ class InlineGrid(SimulationGrid):
             whole: list[Any] = [answer.reply for answer in answers]
             replies, loose = whole, []
             if fold is not None:
-                replies, part = folded(fold, partitions, whole)
+                try:
+                    replies, part = folded(fold, partitions, whole)
+                except Exception as error:  # fails the cohort, as on a worker
+                    failed = Error(ErrorCode.UNKNOWN, describe(error))
+                    return [Outcome(failed, KEPT) for _ in chosen], []
                 loose = [(0, number, part)]
             kept = whole if keep and fold is not None else [None] * len(whole)
             return [

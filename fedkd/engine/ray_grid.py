@@ -170,9 +170,12 @@ class RayGrid(SimulationGrid):
     ) -> Iterator[Fetch]:
         from fedkd.engine.dispatcher import Job, Pieces
 
-        archs = [self.nodes.archs[self.nodes.index(items[cohort[0]].partition)] for cohort in cohorts]
+        first = [items[cohort[0]] for cohort in cohorts]
+        kinds = [
+            (one.message.metadata.message_type, self.nodes.archs[self.nodes.index(one.partition)]) for one in first
+        ]
         samples = [self._samples(items[position].partition for position in cohort) for cohort in cohorts]
-        costs = [self._costs.of(arch, count) for arch, count in zip(archs, samples)]
+        costs = [self._costs.of(kind, count) for kind, count in zip(kinds, samples)]
         tasks = dict(enumerate(in_tasks(costs, len(self._pool.actors))))
         stateful, self._stateful = self._stateful or bool(self._states), False
         wholes = fold is None or keep  # whether whole replies are an object of their own
@@ -238,13 +241,13 @@ class RayGrid(SimulationGrid):
                 receipt: Receipt = ended.first.receipts[place]
                 of_cohorts = ended.first.results if fold is not None else ended.read[0]
                 replies, of_cohorts[place] = of_cohorts[place], None  # not kept longer than needed
-                self._costs.learn(archs[number], samples[number], receipt.seconds)
-                first = before + sum(len(cohorts[other]) for other in tasks[task][:place])
+                self._costs.learn(kinds[number], samples[number], receipt.seconds)
+                start = before + sum(len(cohorts[other]) for other in tasks[task][:place])
                 return [
                     Outcome(
                         reply,
                         change,
-                        ended.refs[first + k] if change == NEW else None,
+                        ended.refs[start + k] if change == NEW else None,
                         (ended.refs[1], (place, k)) if wholes else None,
                     )
                     for k, (reply, change) in enumerate(zip(replies, receipt.changes))

@@ -43,7 +43,7 @@ class Answer(NamedTuple):
     """What came of one message."""
 
     reply: Message
-    state: RecordDict | None  # the client's new state; None: it keeps the one it had
+    state: RecordDict | None  # the client's new state; None: it keeps the one it had, if it had one
 
 
 def private(records: RecordDict) -> RecordDict:
@@ -75,6 +75,38 @@ def _private_record(record: Record) -> Record:
         if isinstance(value, list) or (isinstance(value, Array) and not isinstance(value, BufferArray)):
             twin[name] = copy.copy(value)  # pyright: ignore[reportArgumentType]
     return twin
+
+
+def unchanged(before: RecordDict | None, after: RecordDict) -> bool:
+    """Whether records are what `private` makes of others: arrays of the same bytes, not only of equal ones.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> ours = RecordDict({"w": ArrayRecord([np.zeros(2)]), "m": MetricRecord({"loss": [1.0]})})
+    >>> theirs = private(ours)
+    >>> unchanged(ours, theirs)
+    True
+    >>> theirs["w"] = ArrayRecord([np.zeros(2)])
+    >>> unchanged(ours, theirs)
+    False
+    """
+    before = before or RecordDict()
+    return list(before) == list(after) and all(_same_record(before[name], after[name]) for name in before)
+
+
+def _same_record(one: Record, other: Record) -> bool:
+    if type(one) is not type(other) or list(one) != list(other):
+        return False
+    return all(_same_value(one[name], other[name]) for name in one)
+
+
+def _same_value(one: Any, other: Any) -> bool:
+    if not isinstance(one, Array):
+        return type(one) is type(other) and one == other
+    if one is other or isinstance(one, BufferArray) or isinstance(other, BufferArray):
+        return one is other
+    return one.data is other.data and (one.dtype, one.shape, one.stype) == (other.dtype, other.shape, other.stype)
 
 
 TOO_LATE = Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "TimeoutError: not finished in time")
@@ -175,7 +207,7 @@ class CohortRunner:
                 raise TypeError(f"the client returned {type(reply).__name__} and no Message")
             if not isinstance(context.state, RecordDict):
                 raise TypeError(f"the client made its state {type(context.state).__name__}, no RecordDict")
-            return Answer(reply, private(context.state))
+            return Answer(reply, None if unchanged(state, context.state) else private(context.state))
         # A client that calls sys.exit() has failed; it must not take the federation with it.
         except (Exception, SystemExit) as error:
             raised = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, describe(error))

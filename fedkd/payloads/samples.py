@@ -92,5 +92,6 @@ class LabelCounts(Payload):
             raise KnowledgeError(f"wrong classes: label counts {tuple(self.counts.shape)} for {num_classes} classes")
         if bool((self.counts < 0).any()):
             raise KnowledgeError("negative label counts")
-        if int(self.counts.sum()) != num_examples:
-            raise KnowledgeError(f"label counts of {int(self.counts.sum())} samples, but {num_examples} examples")
+        total = sum(self.counts.tolist())  # which cannot overflow
+        if total != num_examples:
+            raise KnowledgeError(f"label counts of {total} samples, but {num_examples} examples")

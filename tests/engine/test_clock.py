@@ -49,7 +49,10 @@ def test_who_is_exactly_in_time_is_in_time():
         timing.check(0, math.nextafter(60.0, 61))
 
 
-@pytest.mark.parametrize("reported", [{"samples": -1.0}, {"slowdown": -2.0}, {"slowdown": math.nan}])
+HUGE = {"samples": 1e308, "slowdown": 1e10}  # finite, but their product is not
+
+
+@pytest.mark.parametrize("reported", [{"samples": -1.0}, {"slowdown": -2.0}, {"slowdown": math.nan}, HUGE])
 def test_no_duration_follows_from_nonsense(reported):
     with pytest.raises(KnowledgeError, match="no duration"):
         Timing({0: (1.0, 1.0, 1.0)}).seconds(0, **{"samples": 1.0, "up": 0.0} | reported)

@@ -55,12 +55,12 @@ def test_failures_are_told_and_the_others_are_summed(grid, apps):
     assert folded[-1].part[0][0] == pytest.approx(0.1 + 2.1)
 
 
-def test_a_task_that_fails_leaves_the_parts_of_the_others(ray_session, apps):
-    with RayGrid(apps.counting_app, Nodes.alike(6), workers=2) as grid:
-        folded = list(grid.send_and_fold(asked(apps, grid, 6), apps.FailsFor(2)))
+def test_a_cohort_that_fails_leaves_the_parts_of_the_others(grid, apps):
+    folded = list(grid.send_and_fold(asked(apps, grid, 6), apps.FailsFor(2)))
     assert [isinstance(each.results[0], Error) for each in folded] == [False, False, True, False, False, False]
     assert "out of luck" in folded[2].results[0].reason
     assert folded[-1].part[1] == "(((0 1) 3) (4 5))"
+    assert grid.state_dict().keys() == {0, 1, 3, 4, 5}
 
 
 def test_states_that_appear_late_are_kept(ray_session, apps):

@@ -155,3 +155,10 @@ def test_errors_of_the_caller(grid, apps):
         Nodes(np.array([1, 1]), ("", ""), np.array([1, 1]))
     with pytest.raises(ValueError, match="different lengths"):
         Nodes(np.array([1, 2]), ("",), np.array([1, 1]))
+
+
+def test_a_client_that_leaves_its_state_alone_has_no_new_one(grid, apps):
+    list(grid.send_and_receive(apps.ask(grid, [0, 1])))
+    grid.take_changed()
+    list(grid.send_and_receive(apps.ask(grid, [0, 1, 2], kind="query.env")))
+    assert grid.take_changed() == {} and grid.state_dict().keys() == {0, 1}
