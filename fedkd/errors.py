@@ -56,6 +56,10 @@ class RunError(FedKDError):
     """A run failed; what it had finished stays on disk and can be resumed."""
 
 
+class UncoveredError(KnowledgeError):
+    """Nobody knows anything about any of the samples that were asked for."""
+
+
 class LostError(RunError):
     """What a round needs is gone with the machine that held it; the round can be computed again."""
 

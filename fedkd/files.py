@@ -1,8 +1,11 @@
-"""Files that are either there whole or not at all."""
+"""Files that are either there whole or not at all, and what JSON can hold."""
 
+import math
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def write_atomic(path: Path, content: bytes) -> Path:
@@ -39,3 +42,12 @@ def write_atomic(path: Path, content: bytes) -> Path:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON can hold it: numbers that are not finite, as of a model that has diverged, become null."""
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

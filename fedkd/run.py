@@ -39,7 +39,7 @@ from fedkd.engine.grid import SimulationGrid
 from fedkd.engine.placement import PER_GPU
 from fedkd.environment import environment
 from fedkd.errors import FedKDError, LostError, RunError, ScenarioError, errors_in
-from fedkd.files import write_atomic
+from fedkd.files import plain, write_atomic
 from fedkd.listening import Listener, Result
 from fedkd.preflight import Report, preflight
 from fedkd.run_folder import (
@@ -47,7 +47,6 @@ from fedkd.run_folder import (
     folder_of,
     is_finished,
     locked,
-    plain,
     read_metrics,
     write_model,
 )

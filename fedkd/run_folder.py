@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -53,15 +51,6 @@ def read_metrics(folder: Path) -> list[Event]:
             events = [e for e in events if e.get("round", 0) <= event["after_round"] > 0]
         events.append(event)
     return events
-
-
-def plain(value: Any) -> Any:
-    """Return a value as JSON can hold it: numbers that are not finite, as of a model that has diverged, become null."""
-    if isinstance(value, Mapping):
-        return {key: plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_model(path: Path, state: Mapping[str, torch.Tensor], arch: str) -> None:

@@ -40,16 +40,6 @@ NEEDS = {name: {"proxy__server_labels": 30} for name in ("fedgkd_vote", "fedcad"
 NEEDS |= {name: {"proxy__labelled": True} for name in ("fedgems", "fedmd")}
 
 
-def pytest_collection_modifyitems(items):
-    """Keep tests with Ray in one process where pytest-xdist runs several: two Rays would share the cores.
-
-    Modules that start Ray otherwise than by a fixture have the same mark.
-    """
-    for item in items:
-        if "ray_started" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("ray"))
-
-
 @pytest.fixture(scope="session")
 def ray_started():
     """Return a function that starts Ray with two CPUs, unless it runs; every RayGrid joins it.

@@ -13,8 +13,6 @@ from fedkd.jobs import execute_sweep
 from fedkd.run_folder import folder_of
 from fedkd.sweep import Cell
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 STARTED = """
 import os, ray, torch
 from fedkd.cluster import runtime_env, shared_engine, worker_env

@@ -14,8 +14,6 @@ import pytest
 from fedkd import run
 from fedkd.scenario_file import dump
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 
 def metrics(folder):
     """Return the round events without what depends on the clock."""

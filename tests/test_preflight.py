@@ -26,8 +26,6 @@ from fedkd.scenario import Client
 from fedkd.screen import Screen
 from fedkd.server.runtime import ServerRuntime
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 MB = 10**6
 
 

@@ -115,13 +115,9 @@ class Dispatcher(threading.Thread):
         self._room = ahead  # jobs that may still be begun
         self._in_flight: dict[int, tuple[int, Any]] = {}  # job -> place and actor, oldest first
         self._begun: set[int] = set()
-        self._deaths = Counter[int]()  # by job
-        self._alive: dict[
-            int, Any
-        ] = {}  # place -> the worker there, if it has shown since the last death that it lives
+        self._deaths = Counter()
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._retried: set[int] = set()  # jobs whose worker died
-        self._watched: dict[int, Any] = {}  # place -> the worker there that is being waited for
+        self._watched: dict[int, Any] = {}  # place -> what comes of the load of the worker there, which is waited for
         self._results: dict[int, tuple[Any, list[Any]] | Pieces | Error] = {}
         self._crash: BaseException | None = None
         self._changed = threading.Condition()
@@ -184,11 +180,10 @@ class Dispatcher(threading.Thread):
         """Hear when workers have loaded the app; they get no jobs before: their node may have no room for them."""
         me = weakref.ref(self)  # a worker may never load, and must not hold all that this call holds
         for place, ref in list(self._pool.loading.items()):
-            actor = self._pool.actors[place]
-            if self._watched.get(place) is not actor:
-                self._watched[place] = actor
+            if self._watched.get(place) is not ref:
+                self._watched[place] = ref
 
-                def loaded(done: Any, place: int = place, actor: Any = actor) -> None:
+                def loaded(done: Any, place: int = place, actor: Any = self._pool.actors[place]) -> None:
                     if (dispatcher := me()) is not None:
                         dispatcher._events.put(lambda: dispatcher._loaded(place, actor, done))
 
@@ -206,7 +201,6 @@ class Dispatcher(threading.Thread):
                 self._pool.died_loading(place, actor, error)
         else:
             self._pool.loaded(place)
-            self._alive[place] = actor
 
     def _fill(self) -> None:
         self._watch()
@@ -214,27 +208,11 @@ class Dispatcher(threading.Thread):
         out = self._pool.loading.keys() | self._pool.gone
         ready = [place for place in range(len(self._pool.actors)) if place not in out]
         while self._pending and ready and (self._room > 0 or self._pending[0] in self._begun):
-            places = self._places(self._pending[0], ready)
-            if not places:
-                return  # until somebody shows that he lives
-            place = min(places, key=load.__getitem__)
+            place = min(ready, key=load.__getitem__)
             if load[place] == IN_FLIGHT or (load[place] and len(self._pending) <= len(self._pool.actors)):
                 return  # the last ones are for whoever is free first
             load[place] += 1
             self._submit(self._pending.popleft(), place)
-
-    def _places(self, number: int, ready: list[int]) -> list[int]:
-        """Return who may have a job; one whose worker died goes to a worker that lives, if that can be known.
-
-        Workers that were idle when their node left look like others, until they are asked for something.
-        """
-        if number not in self._retried:
-            return ready
-        living = [place for place in ready if self._lives(place, self._pool.actors[place])]
-        return living if living or self._in_flight else ready
-
-    def _lives(self, place: int, actor: Any) -> bool:
-        return self._alive.get(place) is actor
 
     def _submit(self, number: int, place: int) -> None:
         job, actor = self._jobs[number], self._pool.actors[place]
@@ -266,10 +244,9 @@ class Dispatcher(threading.Thread):
                 self._give_up(number, Error(LOST if lost else ErrorCode.UNKNOWN, cause(error)))
         except DEATHS as error:
             orphans = [job for job, (_, other) in self._in_flight.items() if other == actor]
-            lived = self._lives(place, actor)
-            self._alive.clear()
             self._pool.replace(place, actor)
-            self._again(orphans, error, blame=lived)
+            self._ask_idle_workers()
+            self._again(orphans, error)
         except RayError as error:
             what = (
                 "results of a cohort were lost with their node" if isinstance(error, ObjectLostError) else "Ray failed"
@@ -277,22 +254,24 @@ class Dispatcher(threading.Thread):
             self._again([number], error, what)
         else:
             del self._in_flight[number]
-            self._alive[place] = actor
             self._finish(number, (first, refs))
 
-    def _again(self, numbers: list[int], error: Exception, what: str = "a worker died", blame: bool = True) -> None:
-        """Queue jobs again, in front; the first of them was being computed, so the blame is its alone.
+    def _ask_idle_workers(self) -> None:
+        """Give no jobs to idle workers until they show that they live: their node may have left with all of them."""
+        busy = {place for place, _ in self._in_flight.values()} | self._pool.loading.keys() | self._pool.gone
+        for place in range(len(self._pool.actors)):
+            if place not in busy:
+                self._pool.ask(place)
 
-        There is none where the worker may have been dead before: so many workers there are, so often at most.
-        """
+    def _again(self, numbers: list[int], error: Exception, what: str = "a worker died") -> None:
+        """Queue jobs again, in front; the first of them was being computed, so the blame is its alone."""
         blamed = numbers[0]
-        self._deaths[blamed] += blame
-        self._retried.add(blamed)
+        self._deaths[blamed] += 1
         for number in numbers:
             self._in_flight.pop(number, None)
         self._pending.extendleft(reversed(numbers[1:]))
         times, kind = self._deaths[blamed], type(error).__name__
-        if not blame or (self._jobs[blamed].pieces is None and times <= RETRIES):
+        if self._jobs[blamed].pieces is None and times <= RETRIES:
             self._pending.appendleft(blamed)
         else:  # whoever it is, it must not fail others that happen to be in the same job
             reason = f"{kind}: {what}, {times} times for this cohort; {cause(error)}"

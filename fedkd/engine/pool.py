@@ -116,6 +116,10 @@ class Pool:
             self.actors[place] = self._make.remote(*self._parts)
             self.loading[place] = self.actors[place].load.remote()
 
+    def ask(self, place: int) -> None:
+        """Let the worker in a place show that it is still ready for jobs; until then it counts as loading."""
+        self.loading[place] = self.actors[place].load.remote()
+
     def loaded(self, place: int) -> None:
         """Take note that the worker in a place is ready for jobs."""
         self.loading.pop(place, None)

@@ -88,8 +88,8 @@ def unchanged(before: RecordDict | None, after: RecordDict) -> bool:
     >>> unchanged(ours, theirs)
     True
     >>> theirs["w"] = ArrayRecord([np.zeros(2)])
-    >>> unchanged(ours, theirs)
-    False
+    >>> unchanged(ours, theirs), unchanged(ours, RecordDict())
+    (False, False)
     """
     before = before or RecordDict()
     return list(before) == list(after) and all(_same_record(before[name], after[name]) for name in before)
@@ -103,7 +103,7 @@ def _same_record(one: Record, other: Record) -> bool:
 
 def _same_value(one: Any, other: Any) -> bool:
     if not isinstance(one, Array):
-        return type(one) is type(other) and one == other
+        return repr(one) == repr(other)  # which, unlike values, are alike for NaN and differ for 1, 1.0 and True
     if one is other or isinstance(one, BufferArray) or isinstance(other, BufferArray):
         return one is other
     return one.data is other.data and (one.dtype, one.shape, one.stype) == (other.dtype, other.shape, other.stype)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedkd.data.proxy import ProxySet
-from fedkd.errors import KnowledgeError, ScenarioError
+from fedkd.errors import KnowledgeError, ScenarioError, UncoveredError
 from fedkd.server.members import Member, StoredMember, stream
 from fedkd.server.reduces import REDUCES, Reduce
 from fedkd.server.targets import Ids, Targets, as_ids
@@ -126,8 +126,10 @@ class Ensemble:
 
         Raises
         ------
+        UncoveredError
+            No sample is covered.
         KnowledgeError
-            No sample is covered, or members disagree about the number of classes.
+            Members disagree about the number of classes, or outputs have the wrong shape.
         ScenarioError
             Weights of the wrong shape for these data.
         """
@@ -140,7 +142,7 @@ class Ensemble:
             reduce = REDUCES[self.reduce] if isinstance(self.reduce, str) else self.reduce
             kept, values = self._jointly(reduce, array, wanted, batch_size, size)
         if not len(kept):
-            raise KnowledgeError("no member of the ensemble has finite outputs for any of the samples")
+            raise UncoveredError("no member of the ensemble covers any of the samples with finite outputs")
         for transform in self.transform:
             values = transform(values)
         space = "logits" if self.space == "logits" and not self.transform else "probs"

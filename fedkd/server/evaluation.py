@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedkd.errors import KnowledgeError
+from fedkd.errors import UncoveredError
 from fedkd.server.members import Member, stream
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def log_probs(ensemble: Ensemble, data: ArrayData, num_classes: int) -> Tensor:
     found = torch.full((len(data), num_classes), -math.log(num_classes))
     try:
         targets = ensemble.targets(data)
-    except KnowledgeError:  # for no sample at all
+    except UncoveredError:
         return found
     return found.index_copy(0, targets.ids, targets.log_probs())
 
@@ -64,7 +64,9 @@ def scores(logits: Tensor, labels: Tensor, bins: int = 15) -> dict[str, Any]:
     >>> scores(torch.tensor([[4.0, 0.0], [4.0, 0.0]]), torch.tensor([0, 1]))["per_class"]
     [1.0, 0.0]
     """
-    confidence, guess = logits.double().softmax(1).nan_to_num().max(1)  # a prediction that is none is class 0
+    confidence, guess = logits.double().softmax(1).max(1)
+    broken = confidence.isnan()  # logits that are not finite
+    confidence, guess = confidence.nan_to_num(), torch.where(broken, logits.argmax(1), guess)
     correct = (guess == labels).double()
     bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
     gap = torch.zeros(bins, dtype=torch.double).index_add_(0, bin_of, correct - confidence)

@@ -11,6 +11,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedkd import flower, plugins
+from fedkd.files import plain
 from fedkd.scenario import Scenario
 from fedkd.server.runtime import LIVE_ONLY, Event, ServerRuntime
 from fedkd.threads import cores
@@ -53,7 +54,7 @@ def _listener(out: str) -> Callable[[Event], None]:
         _print(event)
         if event["event"] not in LIVE_ONLY:
             with path.open("a") as file:
-                file.write(json.dumps(event) + "\n")
+                file.write(json.dumps(plain(event), allow_nan=False) + "\n")
 
     return listen
 

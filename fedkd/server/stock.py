@@ -198,10 +198,11 @@ class StockStrategy(DistillationStrategy):
 def _collecting_little() -> Iterator[None]:
     """Keep the garbage collector from what is there already.
 
-    Some of Flower's strategies collect for every reply, which takes long where much has been imported.
+    Some of Flower's strategies collect for every reply, which takes long where much has been imported: once is enough.
     """
     ours = not gc.get_freeze_count()  # else somebody has done so, and wants it to stay
     if ours:
+        gc.collect()
         gc.freeze()
     try:
         yield

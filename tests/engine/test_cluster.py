@@ -5,10 +5,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
-pytestmark = pytest.mark.xdist_group("ray")
-
 SCRIPT = """
 import json, sys, time
 from pathlib import Path

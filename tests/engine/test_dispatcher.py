@@ -1,126 +1,199 @@
-"""The dispatcher with workers that are none: which job goes where when some of them have died unnoticed."""
+"""The dispatcher by itself, on workers that do what the test says; nothing of Ray is started."""
 
 import gc
-import time
 import weakref
 from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
 from flwr.app import Error
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayTaskError
 
-from fedkd.engine.dispatcher import RETRIES, Dispatcher, Job
+from fedkd.engine import dispatcher as module
+from fedkd.engine.dispatcher import Dispatcher, Job, Pieces
 
 
 class Ref:
-    """What a call of an actor returns."""
+    """A reference to what a call returns some time."""
 
     def __init__(self):
-        self.ended = Future()
+        self.future_ = Future()
 
     def future(self):
-        return self.ended
+        return self.future_
 
 
 class Actor:
-    """Takes calls, and answers them when it is told to; a dead one fails at once."""
+    """A worker whose calls are ended by the test."""
 
-    def __init__(self, dead=False):
-        self.dead, self.calls = dead, []
+    def __init__(self, name):
+        self.name, self.calls = name, []
 
     def __getattr__(self, method):
         def remote(*arguments):
-            self.calls.append((arguments[0], ref := Ref()))
-            if self.dead:
-                ref.ended.set_exception(ActorDiedError())
-            return ref
+            refs = [Ref(), Ref()]
+            self.calls.append((arguments[0], refs))
+            return refs
 
         return SimpleNamespace(options=lambda num_returns: SimpleNamespace(remote=remote))
 
-    def answer(self):
-        while self.calls:
-            number, ref = self.calls.pop(0)
-            if not self.dead:
-                ref.ended.set_result(number)
 
+class FakePool:
+    """Workers that have loaded the app."""
 
-class Pool:
-    """Workers of which some have died while they were idle; in their place come others that never load."""
-
-    def __init__(self, living, dead):
-        self.actors = [*(Actor(dead=True) for _ in range(dead)), *(Actor() for _ in range(living))]
-        self.loading, self.gone = {}, set()
+    def __init__(self, count):
+        self.actors, self.loading, self.gone = [Actor(n) for n in range(count)], {}, set()
+        self.made = count
 
     def replace(self, place, actor):
         if self.actors[place] is actor:
-            self.actors[place], self.loading[place] = Actor(), Ref()
+            self.actors[place] = Actor(self.made)
+            self.made += 1
+
+    def ask(self, place):
+        self.loading[place] = Ref()
 
     def loaded(self, place):
         del self.loading[place]
 
-
-def finished(dispatcher, pool, jobs, seconds=10.0):
-    """Let workers answer until all jobs have ended; return what came of them."""
-    limit = time.monotonic() + seconds
-    while len(dispatcher._results) < jobs:
-        assert time.monotonic() < limit, "waited in vain"
-        for actor in list(pool.actors):
-            actor.answer()
-        time.sleep(0.005)
-    return [dispatcher.wait(number) for number in range(jobs)]
+    def died_loading(self, place, actor, error):
+        self.replace(place, actor)
+        self.loading[place] = Ref()  # which finds no CPU
 
 
-@pytest.mark.parametrize(("living", "dead", "jobs"), [(8, 8, 10), (4, 4, 40), (1, 4, 2), (1, 9, 1)])
-def test_nobody_is_blamed_for_workers_that_died_while_they_were_idle(living, dead, jobs):
-    pool = Pool(living, dead)
-    dispatcher = Dispatcher(pool, [Job("run", (n,)) for n in range(jobs)], range(jobs), float("inf"), jobs)
-    dispatcher.start()
-    results = finished(dispatcher, pool, jobs)
-    dispatcher.stop()
-    assert [first for first, _ in results] == list(range(jobs))
+@pytest.fixture
+def dispatch():
+    """Return a function that starts a dispatcher; it is stopped in the end."""
+    started = []
+
+    def start(workers, jobs):
+        dispatcher = Dispatcher(FakePool(workers), jobs, range(len(jobs)), float("inf"), len(jobs))
+        started.append(dispatcher)
+        dispatcher.start()
+        settle(dispatcher)
+        return dispatcher
+
+    yield start
+    for dispatcher in started:
+        dispatcher.stop()
 
 
-def test_a_job_that_kills_whoever_runs_it_is_given_up():
-    pool = Pool(2, 0)
-    kills = 0
-    dispatcher = Dispatcher(pool, [Job("run", (n,)) for n in range(3)], range(3), float("inf"), 3)
-    dispatcher.start()
-    limit = time.monotonic() + 10
-    while len(dispatcher._results) < 3:
-        assert time.monotonic() < limit, "waited in vain"
-        for actor in list(pool.actors):
-            if not actor.calls:
-                continue
-            number, ref = actor.calls.pop(0)
-            if number:
-                ref.ended.set_result(number)
-                continue
-            kills += 1
-            for _, orphan in [(number, ref), *actor.calls]:
-                orphan.ended.set_exception(ActorDiedError())
-        for ref in [ref for ref in pool.loading.values() if not ref.ended.done()]:
-            ref.ended.set_result(None)
-        time.sleep(0.005)
-    assert isinstance(dispatcher.wait(0), Error) and [dispatcher.wait(n)[0] for n in (1, 2)] == [1, 2]
-    assert RETRIES < kills <= RETRIES + 1 + 2  # two of them may have been dead before
-    dispatcher.stop()
+def settle(dispatcher):
+    """Wait until the dispatcher has dealt with everything that has happened."""
+    done = Future()
+    dispatcher._events.put(lambda: done.set_result(None))
+    done.result(10)
+    done = Future()  # what was handed out after the first event is there when the second one comes
+    dispatcher._events.put(lambda: done.set_result(None))
+    done.result(10)
+
+
+def end(dispatcher, actor, outcome="fine"):
+    """End the oldest call of a worker."""
+    name, refs = actor.calls.pop(0)
+    if isinstance(outcome, BaseException):
+        refs[0].future_.set_exception(outcome)
+    else:
+        refs[0].future_.set_result(outcome)
+    settle(dispatcher)
+    return name
+
+
+def job(name, **more):
+    return Job("run", (name,), 2, **more)
+
+
+def held(dispatcher):
+    return [[name for name, _ in actor.calls] for actor in dispatcher._pool.actors]
+
+
+def raised():
+    return RayTaskError("run", "trace", ValueError("the fold raised"))
+
+
+def test_each_worker_has_one_job_queued_ahead_but_the_last_ones_wait_for_who_is_free(dispatch):
+    dispatcher = dispatch(2, [job(n) for n in range(7)])
+    assert held(dispatcher) == [[0, 2], [1, 3]]
+    end(dispatcher, dispatcher._pool.actors[1])
+    assert held(dispatcher) == [[0, 2], [3, 4]]
+    end(dispatcher, dispatcher._pool.actors[1])
+    end(dispatcher, dispatcher._pool.actors[1])
+    assert held(dispatcher) == [[0, 2], [5]]  # 6 is nobody's yet
+    end(dispatcher, dispatcher._pool.actors[1])
+    assert held(dispatcher) == [[0, 2], [6]]
+
+
+def test_what_was_queued_on_a_dead_worker_is_not_to_blame(dispatch, monkeypatch):
+    monkeypatch.setattr(module, "RETRIES", 1)
+    dispatcher = dispatch(1, [job("guilty"), job("innocent"), job("last")])
+    for _ in range(2):
+        assert held(dispatcher) == [["guilty", "innocent"]]
+        end(dispatcher, dispatcher._pool.actors[0], ActorDiedError())
+    error = dispatcher.wait(0)
+    assert isinstance(error, Error) and "a worker died, 2 times" in error.reason
+    assert held(dispatcher) == [["innocent"]]
+    end(dispatcher, dispatcher._pool.actors[0], "done")
+    assert dispatcher.wait(1)[0] == "done"
+
+
+@pytest.mark.parametrize("what", [ActorDiedError(), raised()], ids=["dies", "raises"])
+def test_a_job_that_cannot_be_done_as_one_is_done_in_pieces_at_once(dispatch, what, monkeypatch):
+    monkeypatch.setattr(module, "RETRIES", 0)
+    whole = job("both", pieces=lambda: [job("first"), job("second")])
+    dispatcher = dispatch(1, [whole, job("other")])
+    end(dispatcher, dispatcher._pool.actors[0], what)
+    pieces = dispatcher.wait(0)
+    assert isinstance(pieces, Pieces) and pieces.numbers == [2, 3]
+    done = []
+    for outcome in ("fine", what, "fine"):
+        done.append(end(dispatcher, dispatcher._pool.actors[0], outcome))
+    assert sorted(done) == ["first", "other", "second"]
+    results = [dispatcher.wait(number) for number in (1, 2, 3)]
+    assert sum(isinstance(result, Error) for result in results) == 1  # one alone has failed
+
+
+def test_workers_that_died_while_they_were_idle_get_no_jobs(dispatch):
+    """A node has left with the workers 1 to 3, which nobody has noticed yet."""
+    dispatcher = dispatch(4, [job("one"), job("other")])
+    pool, lost = dispatcher._pool, {}
+    assert held(dispatcher) == [["one"], ["other"], [], []]
+    end(dispatcher, pool.actors[1], ActorDiedError())
+    assert held(dispatcher) == [["one"], ["other"], [], []] and pool.loading.keys() == {2, 3}  # who are asked
+    for place in (2, 3):
+        lost[place] = pool.loading[place]
+        lost[place].future_.set_exception(ActorDiedError())
+    end(dispatcher, pool.actors[1], ActorDiedError())  # its replacement, in the same place
+    settle(dispatcher)
+    assert pool.loading.keys() == {2, 3} and all(pool.loading[place] is not lost[place] for place in lost)
+    end(dispatcher, pool.actors[0])
+    end(dispatcher, pool.actors[1])
+    assert dispatcher.wait(0)[0] == dispatcher.wait(1)[0] == "fine"
+
+
+def test_two_that_kill_their_workers_are_given_up(dispatch):
+    dispatcher = dispatch(2, [job("one"), job("other")])
+    pool = dispatcher._pool
+    for _ in range(module.RETRIES + 1):
+        for place in (0, 1):
+            end(dispatcher, pool.actors[place], ActorDiedError())
+    assert all(isinstance(dispatcher.wait(number), Error) for number in (0, 1))
 
 
 def test_a_worker_that_never_loads_holds_nothing_of_a_call():
     class Argument:
         pass
 
-    pool, held = Pool(1, 0), []
-    pool.actors.append(Actor())
+    pool, held = FakePool(1), []
+    pool.actors.append(Actor("pending"))
     pool.loading[1] = Ref()
     for _ in range(3):
         argument = Argument()
         held.append(weakref.ref(argument))
-        dispatcher = Dispatcher(pool, [Job("run", (argument,))], [0], float("inf"), 1)
+        dispatcher = Dispatcher(pool, [job(argument)], [0], float("inf"), 1)
         dispatcher.start()
-        finished(dispatcher, pool, 1)
+        settle(dispatcher)
+        end(dispatcher, pool.actors[0])
         dispatcher.stop()
         del dispatcher, argument
     gc.collect()
-    assert [ref() for ref in held] == [None] * 3
+    assert [each() for each in held] == [None] * 3

@@ -20,8 +20,6 @@ from flwr.serverapp.strategy import FedAvg
 from fedkd.engine import InlineGrid, Nodes, RayGrid, dispatcher, pool
 from fedkd.errors import RunError
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 
 @pytest.fixture
 def ray_grid(ray_session, apps):

@@ -9,8 +9,6 @@ from flwr.common.constant import ErrorCode
 
 from fedkd.engine import InlineGrid, Nodes, RayGrid
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 # Not in order, with gaps and two architectures; 40 clients make cohorts of three.
 IDS = np.array([9, 5, 3, 2, 1, 0, *range(20, 54)])
 NODES = Nodes(IDS, ("a", "b") * 20, IDS % 7)

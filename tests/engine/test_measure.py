@@ -11,8 +11,6 @@ from fedkd.engine import InlineGrid, Nodes, RayGrid
 from fedkd.engine.measure import measure
 from fedkd.errors import RunError
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 
 @pytest.fixture(params=["inline", "ray"])
 def grid(request, apps):
