@@ -45,7 +45,13 @@ def write_atomic(path: Path, content: bytes) -> Path:
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON can hold it: numbers that are not finite, as of a model that has diverged, become null."""
+    """Return a value as JSON can hold it: numbers that are not finite, as of a model that has diverged, become null.
+
+    Examples
+    --------
+    >>> plain({"loss": float("nan"), "curve": [(10, float("inf")), (20, 0.5)]})
+    {'loss': None, 'curve': [[10, None], [20, 0.5]]}
+    """
     if isinstance(value, Mapping):
         return {key: plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -373,6 +373,16 @@ def test_a_lost_state_comes_from_the_checkpoint_only_if_it_is_the_one_that_was_s
         recover(3)
 
 
+@pytest.mark.parametrize(
+    ("asked", "settled"),
+    [({}, (4, 0.5)), ({"workers": 4}, (4, 0.5)), ({"workers": 2}, (2, 0.0)), ({"gpu_fraction": 0.25}, (0, 0.25))],
+)
+def test_a_run_goes_on_with_the_share_of_a_gpu_that_was_settled_for_its_workers(small, asked, settled):
+    recorded = small(system={"engine": "ray", "workers": 4, "gpu_fraction": 0.5})
+    system = run._as_recorded(small(system={"engine": "ray", **asked}), recorded).system
+    assert (system.workers, system.gpu_fraction) == settled
+
+
 def test_too_few_replies_stop_the_run_resumably(small, tmp_path):
     scenario = small("fedavg", run__participation=1.0, client__lr=1e30, system__min_replies=2)
     with pytest.raises(RunError, match=r"usable uploads[\s\S]*fedkd resume"):

@@ -4,10 +4,11 @@ import time
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
 
 from fedkd.engine import InlineGrid, Nodes, RayGrid
+from fedkd.engine.worker import private, unchanged
 
 # Not in order, with gaps and two architectures; 40 clients make cohorts of three.
 IDS = np.array([9, 5, 3, 2, 1, 0, *range(20, 54)])
@@ -160,3 +161,18 @@ def test_a_client_that_leaves_its_state_alone_has_no_new_one(grid, apps):
     grid.take_changed()
     list(grid.send_and_receive(apps.ask(grid, [0, 1, 2], kind="query.env")))
     assert grid.take_changed() == {} and grid.state_dict().keys() == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "same"),
+    [
+        (0.0, -0.0, False),
+        ([1], [1.0], False),
+        (1, 1.0, False),
+        (float("nan"), float("nan"), True),
+        ([2.5], [2.5], True),
+    ],
+)
+def test_a_state_is_unchanged_only_if_its_numbers_are_the_same_to_the_bit(before, after, same):
+    kept, state = (RecordDict({"m": MetricRecord({"n": value})}) for value in (before, after))
+    assert unchanged(kept, state) is same and unchanged(kept, private(kept))

@@ -42,9 +42,13 @@ def test_scores_of_another_type_are_refused():
         SampleScores(torch.zeros(2, dtype=torch.float64)).check(2)
 
 
+# In 64 bits their sum would be 7.
+WRAPS = [2**63 - 1, 2**63 - 1, 9], "18446744073709551623 samples"
+
+
 @pytest.mark.parametrize(
     ("counts", "reason"),
-    [([3, 4], "wrong classes"), ([3, 5, -1], "negative"), ([3, 4, 1], "8 samples, but 7 examples")],
+    [([3, 4], "wrong classes"), ([3, 5, -1], "negative"), ([3, 4, 1], "8 samples, but 7 examples"), WRAPS],
 )
 def test_counts_that_cannot_be_are_refused(counts, reason):
     LabelCounts(torch.tensor([3, 4, 0])).check(3, 7)

@@ -2,10 +2,15 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from fedkd.server.evaluation import agreement, scores, spread
+from fedkd.data.batches import ArrayData
+from fedkd.models import Outputs
+from fedkd.server.ensemble import Ensemble
+from fedkd.server.evaluation import agreement, log_probs, scores, spread
+from fedkd.server.members import ModelMember
 
 
 def test_scores_by_hand():
@@ -16,6 +21,34 @@ def test_scores_by_hand():
     assert got["loss"] == pytest.approx(-(math.log(0.75) + math.log(0.25)) / 2, abs=1e-6)
     assert got["per_class"] == [1.0, 0.0]
     assert got["calibration_error"] == pytest.approx(0.25, abs=1e-6)  # confidence 0.75, accuracy 0.5
+
+
+def test_logits_that_are_not_finite_are_no_prediction_to_be_confident_of():
+    inf = float("inf")
+    got = scores(torch.tensor([[0.0, inf], [float("nan")] * 2, [9.0, 0.0]]), torch.tensor([1, 0, 0]))
+    assert got["accuracy"] == 1.0 and not math.isfinite(got["loss"])
+    assert got["calibration_error"] == pytest.approx((2 + 1 / (1 + math.exp(9))) / 3)
+
+
+class Scaled(torch.nn.Module):
+    """Logits are the input times a number, which may be too large."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(factor))
+
+    def forward(self, x):
+        return Outputs(x * self.factor, x)
+
+
+@pytest.mark.parametrize(
+    ("factors", "second"),
+    [([math.log(3) / 10, 3e38], [0.75, 0.25]), ([3e38], [0.5, 0.5]), ([float("nan")], [0.5, 0.5])],
+)
+def test_an_ensemble_is_uniform_where_it_has_no_finite_outputs(factors, second):
+    data = ArrayData(np.array([[0.0, 0.0], [10.0, 0.0]], np.float32), kind="vector")  # 10 · 3e38 is too large
+    got = log_probs(Ensemble([ModelMember(Scaled(factor)) for factor in factors]), data, 2)
+    torch.testing.assert_close(got.exp(), torch.tensor([[0.5, 0.5], second]))
 
 
 def test_a_class_without_test_samples_has_no_recall():
