@@ -128,6 +128,8 @@ class _Cohort:
             Stack([one.state for one in each], "a teacher", self.device, share=each[0] not in first.moving)
             for each in zip(*(task.distinct for task in tasks))
         ]
+        if self.teachers:
+            _ = self.shared.frozen  # inside of vmap it could not be built
         self.moving = [(self.teachers[first.distinct.index(one)], decay) for one, decay in first.moving.items()]
         self.optimizer = stacked_optimizer(self.client, {name: self.state[name] for name in self.learning})
         self.rates = [task.rates for task in tasks]

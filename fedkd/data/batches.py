@@ -153,7 +153,7 @@ class ArrayData:
             samples, labels = self._copy(where_to)
             x, y = samples[where], None if labels is None else labels[where]
         if y is None:
-            y = torch.full((len(index),), -1, dtype=torch.int64, device=where_to)
+            y = torch.full((len(where),), -1, dtype=torch.int64, device=where_to)
         if augment != "none" and self.kind != "image":
             raise ValueError(f"augment = {augment!r} is for images, these samples are {self.kind}")
         if self.kind == "tokens":

@@ -152,6 +152,11 @@ def test_every_teacher_over_rounds(small, both, teacher):
     assert all(bool(kept) == (teacher in ("last:2", "own")) for kept in memory)
 
 
+def test_a_moving_teacher_needs_nobody_who_was_trained_alone_before(small, cohort, trained):
+    cohort(small("fedavg", client__terms=[{"teacher": "ema:0.9"}], run__seed=77)).train(trainer="vectorised")
+    assert trained == {"together": CLIENTS}
+
+
 def test_those_who_have_no_teacher_yet_learn_apart_from_those_who_have(small, cohort, trained):
     def train(trainer):
         clients = cohort(small("fedavg", client__terms=[{"teacher": "own"}]))
