@@ -36,7 +36,7 @@ class CountedLabels(LocalTraining):
         """Share weights and label counts."""
         labels = np.asarray(student.data.labels)[np.asarray(student.shard.train)]
         counts = torch.from_numpy(np.bincount(labels, minlength=student.num_classes))
-        return Knowledge.of(student.weights(), LabelCounts(counts), num_examples=student.num_examples)
+        return Knowledge.of(student.weights(copy=False), LabelCounts(counts), num_examples=student.num_examples)
 
 
 @dataclass(kw_only=True)

@@ -86,6 +86,9 @@ class LocalTraining:
     ) -> dict[str, Tensor]:
         """Return the named terms of the loss, weighted; their sum is minimised. Default: cross-entropy.
 
+        Clients of a cohort may be computed together, and what a GPU does for one step may be replayed for others (see
+        `fedkd.graphs`), so it must do nothing but compute.
+
         Parameters
         ----------
         params : mapping of str to Tensor
@@ -107,7 +110,7 @@ class LocalTraining:
 
     def share(self, student: Student) -> Knowledge:
         """Return what the client sends back. Default: weights and the number of examples."""
-        return Knowledge.of(student.weights(), num_examples=student.num_examples)
+        return Knowledge.of(student.weights(copy=False), num_examples=student.num_examples)
 
     def predict(self, student: Student, data: ArrayData, ids: Tensor | np.ndarray) -> Tensor:
         """Return the logits whose accuracy an evaluation reports, shape [n, C]. Default: the student's.

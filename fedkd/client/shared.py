@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fedkd.client.optimizers import make_optimizer
+from fedkd.client.stacks import same_memory
 from fedkd.models.base import bare_forward, has_hooks
 from fedkd.optimizers import Optimizer
-from fedkd.payloads import State
+from fedkd.payloads import State, Weights
 from fedkd.students import has_batch_norm, travelling
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class SharedModel:
         self.initial: State = {name: tensor.cpu().clone() for name, tensor in self.tensors.items()}
         self.travelling: State = {name: self.tensors[name] for name in travelling(model, buffers)}
         self.batch_norm = has_batch_norm(model)
+        self._sound: tuple[int, State] = 0, {}  # round and state of the last weights that were found to fit
         self._optimizer: Optimizer | None = None
         self._tenant: Student | None = None
 
@@ -77,6 +79,15 @@ class SharedModel:
         with torch.no_grad():
             for name, tensor in state.items():
                 self.tensors[name].copy_(tensor)
+
+    def check(self, weights: Weights, round: int) -> None:
+        """Refuse received weights that do not fit, see `Weights.check`; those that all clients get are read once."""
+        before, sound = self._sound
+        state = weights.state
+        if before == round and sound.keys() == state.keys() and all(same_memory(state[k], sound[k]) for k in state):
+            return
+        weights.check(self.travelling)
+        self._sound = round, state
 
     def predict(self, state: State, x: Tensor) -> Outputs:
         """Return the outputs of a model with a whole state, in evaluation mode."""

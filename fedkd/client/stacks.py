@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,9 +40,12 @@ class Places:
         if not isinstance(self._index, slice):
             stack[self._index] = entries
 
-    def numbers(self, values: Sequence[float]) -> float | Tensor:
-        """Return one number for each of the clients, on their device; a plain one where it is the same for all."""
-        if len(set(values)) == 1:
+    def numbers(self, values: Sequence[float], *, change: bool) -> float | Tensor:
+        """Return one number for each of the clients, on their device; a plain one where it is the same for all.
+
+        A GPU gets a tensor for numbers that `change` from step to step: graphs keep plain ones as they were recorded.
+        """
+        if len(set(values)) == 1 and not (change and self.device.type == "cuda"):
             return values[0]
         return self._here(torch.tensor(values, dtype=torch.float32))
 
@@ -86,7 +89,7 @@ class Stack:
                 raise CannotVectorise(f"{what} holds tensors whose shapes differ from client to client")
             one = values[0].detach().to(device) if _equal(values, compare=share) else None
             if one is None:
-                leaves.append(torch.stack([value.detach().to(device) for value in values]))
+                leaves.append(_stacked(values, device))
             else:
                 leaves.append(one if share else one.expand(len(values), *one.shape).clone())
             dims.append(None if share and one is not None else 0)
@@ -101,12 +104,43 @@ class Stack:
         return pytree.tree_unflatten([leaf if dim is None else places.take(leaf) for leaf, dim in leaves], self._spec)
 
 
+def _stacked(values: Sequence[Tensor], device: torch.device) -> Tensor:
+    if len({value.device for value in values}) == 1:  # one way to the device for all of them
+        return torch.stack([value.detach() for value in values]).to(device)
+    return torch.stack([value.detach().to(device) for value in values])
+
+
 def _equal(tensors: Sequence[Tensor], *, compare: bool) -> bool:
     """Whether tensors of one shape hold the same numbers: the same memory or, with `compare`, the same content."""
     first = tensors[0]
     return all(
-        tensor is first
-        or (tensor.data_ptr() == first.data_ptr() and tensor.stride() == first.stride() and tensor.dtype == first.dtype)
-        or (compare and tensor.device == first.device and torch.equal(tensor, first))
+        same_memory(tensor, first) or (compare and tensor.device == first.device and torch.equal(tensor, first))
         for tensor in tensors
     )
+
+
+def same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same numbers in the same memory."""
+    return one is other or (
+        one.data_ptr() == other.data_ptr()
+        and (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+        and one.numel() > 0
+    )
+
+
+PINNED = 1 << 28
+"""Most bytes of a stack for which page-locked memory is taken: it is fast, but no other process can have it."""
+
+
+def brought_home(stacks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return stacks on the CPU."""
+    home: dict[str, Tensor] = {}
+    for name, stack in stacks.items():
+        if stack.device.type == "cuda" and stack.nbytes <= PINNED:
+            # PyTorch keeps such memory and gives it out again: no page of it has to be found anew.
+            home[name] = torch.empty(stack.shape, dtype=stack.dtype, pin_memory=True).copy_(stack, non_blocking=True)
+        else:
+            home[name] = stack.cpu()
+    for device in {stack.device for stack in stacks.values() if stack.device.type == "cuda"}:
+        torch.cuda.synchronize(device)
+    return home

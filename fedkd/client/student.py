@@ -194,10 +194,18 @@ class Student:
         rest = {name: tensor.clone() for name, tensor in self.state.items() if name not in state}
         return Frozen(self.shared, {**rest, **state})
 
-    def weights(self) -> Weights:
-        """Return the student's weights as they travel."""
-        state = self.state
-        return Weights(snapshot({name: state[name] for name in self.shared.travelling}), self.arch)
+    def weights(self, *, copy: bool = True) -> Weights:
+        """Return the student's weights as they travel.
+
+        Parameters
+        ----------
+        copy : bool
+            False: they may be memory that others read too, and must not be changed. Default: the caller's own.
+        """
+        state = {name: self.state[name] for name in self.shared.travelling}
+        if copy or self.away is None:
+            return Weights(snapshot(state), self.arch)
+        return Weights({name: tensor.cpu().contiguous() for name, tensor in state.items()}, self.arch)
 
     def predict(self, data: ArrayData, ids: Tensor | np.ndarray) -> Tensor:
         """Return logits in evaluation mode.
@@ -227,4 +235,4 @@ class Student:
     def _check(self, weights: Weights) -> None:
         if weights.arch != self.arch:
             raise KnowledgeError(f"weights of {weights.arch} for a {self.arch}")
-        weights.check(self.shared.travelling)
+        self.shared.check(weights, self.round)

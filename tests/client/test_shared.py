@@ -6,6 +6,7 @@ from flwr.app import Context, RecordDict
 
 from fedkd.client import trainer
 from fedkd.client.runtime import Runtime
+from fedkd.errors import KnowledgeError
 from fedkd.payloads import Weights
 
 
@@ -54,6 +55,38 @@ def test_weights_are_copies(small):
     for tensor in one.weights().state.values():
         tensor += 1
     assert values(one.state) == values(sent.state) == {1.0}
+
+
+def test_weights_that_travel_are_copied_only_from_the_model_at_work(small):
+    _, (one, _) = students(small("fedavg"))
+    sent = filled(one, 1.0)
+    one.load(sent)
+    shared = one.weights(copy=False).state
+    assert all(shared[name].data_ptr() == tensor.data_ptr() for name, tensor in sent.state.items())
+    model = one.model
+    leaving = one.weights(copy=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 10
+    assert values(leaving.state) == values(sent.state) == {1.0}
+
+
+def test_weights_for_all_clients_are_read_once_a_round(small, monkeypatch):
+    runtime, (one, two) = students(small("fedavg"))
+    read, check = [], Weights.check
+    monkeypatch.setattr(Weights, "check", lambda self, like: (read.append(self), check(self, like)))
+    sent = filled(one, 1.0)
+    again = Weights({name: tensor.view_as(tensor) for name, tensor in sent.state.items()}, sent.arch)
+    one.load(sent)
+    two.load(again)
+    assert len(read) == 1
+    two.load(filled(two, 1.0))  # equal numbers in other memory
+    assert len(read) == 2
+    two.load(sent)
+    later = runtime.student(0, 2, Context(0, 0, {}, RecordDict(), {}))
+    next(iter(sent.state.values())).fill_(float("nan"))
+    with pytest.raises(KnowledgeError, match="NaN"):
+        later.load(sent)
 
 
 def test_loading_into_the_model_at_work_is_seen_by_who_holds_it(small):
