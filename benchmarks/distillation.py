@@ -48,6 +48,7 @@ def measure(side: Side, clock: Clock, strategy: str) -> dict[str, Any]:
     if on_real:
         settings["data"] = {"source": f"npz:{real.resolve()}"}
     settings["system"]["server_precision"] = told().get("precision", "fp32")
+    settings["system"] |= told().get("system", {})
     settings["run"]["evaluate_every"] = 1
     seconds, accuracy = [], []
 

@@ -33,6 +33,8 @@ HERE = Path(__file__).resolve().parent
 SAME = 0.005
 """Accuracies that differ by no more count as equal."""
 
+GPU_WORKLOADS = ("GPU-W2", "GPU-W3", "GPU-ResNet-8")
+
 FLOWER, PFL, BARE = "stock Flower", "pfl-research", "bare loop in 2 processes"
 
 SIDES = {
@@ -231,20 +233,35 @@ PARTS: dict[str, Callable[[Bench], None]] = {
 def gpu(bench: Bench, workload: str) -> None:
     limits = "GPU/limits"
     if limits not in bench.sides:
-        bench.run(workload, "limits", rounds=0, label=limits, device=bench.device, workloads=list(GPU_PARTS))
+        bench.run(workload, "limits", rounds=0, label=limits, device=bench.device, workloads=list(GPU_WORKLOADS))
+    trainers = {
+        "sequential": {"trainer": "sequential"},
+        "vectorised": {"trainer": "vectorised"},
+        "graphs": {"trainer": "vectorised", "graphs": True},
+    }
     for precision in ("fp32", "bf16"):
-        keys = {trainer: f"{workload}/{precision}/{trainer}" for trainer in ("sequential", "vectorised")}
+        keys = {trainer: f"{workload}/{precision}/{trainer}" for trainer in trainers}
         for _ in range(bench.turns):
-            for trainer, key in keys.items():
-                system = {"engine": "inline", "device": bench.device, "trainer": trainer, "cohort": 100}
+            for trainer, settings in trainers.items():
+                system = {"engine": "inline", "device": bench.device, "cohort": 100} | settings
                 client = {"precision": precision}
-                bench.run(workload, "scenario", label=key, system=system, client=client)
+                bench.run(workload, "scenario", label=keys[trainer], system=system, client=client)
         bar = 10 if (workload, precision) == ("GPU-W2", "fp32") else 0
         title = f"{workload}, {precision}, vectorised"
         bench.compare(title, "sequential trainer", keys["vectorised"], keys["sequential"], at_least=bar)
         if bench.rows[-1]["ratio"] and "peak" in bench.sides[limits]:
             for whose, trainer in (("ours", "vectorised"), ("theirs", "sequential")):
                 bench.rows[-1] |= speed(bench, whose, workload, keys[trainer], precision)
+        bench.compare(f"{title}, CUDA graphs", "without graphs", keys["graphs"], keys["vectorised"])
+
+
+def gpu_distillation(bench: Bench) -> None:
+    for precision in ("fp32", "bf16"):
+        keys = {graphs: f"GPU-W5/{precision}/{'graphs' if graphs else 'plain'}" for graphs in (False, True)}
+        for graphs, key in keys.items():
+            system = {"engine": "inline", "device": bench.device, "graphs": graphs}
+            bench.run("W5", "distilled", rounds=2, warmup=1, label=key, precision=precision, system=system)
+        bench.compare(f"GPU-W5, {precision}, CUDA graphs", "without graphs", keys[True], keys[False])
 
 
 def speed(bench: Bench, whose: str, workload: str, key: str, precision: str) -> dict[str, Any]:
@@ -256,7 +273,8 @@ def speed(bench: Bench, whose: str, workload: str, key: str, precision: str) -> 
 
 
 GPU_PARTS: dict[str, Callable[[Bench], None]] = {
-    name: partial(gpu, workload=name) for name in ("GPU-W2", "GPU-W3", "GPU-ResNet-8")
+    **{name: partial(gpu, workload=name) for name in GPU_WORKLOADS},
+    "GPU-W5": gpu_distillation,
 }
 
 if __name__ == "__main__":

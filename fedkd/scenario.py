@@ -176,6 +176,11 @@ class System(Section):
         description="How a cohort is trained: one client after another, or as one batched computation. auto measures "
         "both before round 1 and keeps the faster; the run records it, because bits depend on it.",
     )
+    graphs: bool = Field(
+        default=False,
+        description="Replay a GPU's training steps from CUDA graphs: of vectorised clients, and of the server's "
+        "distillation. Off, as it has not been tried on a GPU yet.",
+    )
     cohort: int = Field(
         default=0,
         ge=0,

@@ -1,6 +1,7 @@
 """Fixtures that all tests may ask for."""
 
 import os
+from contextlib import contextmanager
 
 import pytest
 
@@ -11,6 +12,17 @@ os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 # Ray notices within seconds that a node has gone; by default it waits longer.
 HEALTH_CHECK = {"initial_delay_ms": 0, "period_ms": 500, "timeout_ms": 2000, "failure_threshold": 4}
 os.environ.update({f"RAY_health_check_{name}": str(value) for name, value in HEALTH_CHECK.items()})
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what needs a GPU where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 # Methods with settings that make a round short.
@@ -137,3 +149,43 @@ def fast():
 def needs():
     """Return a function from the name of a method to what it needs of a scenario, as changes for `small`."""
     return lambda name: NEEDS.get(name, {})
+
+
+class Tape:
+    """A CUDA graph for machines without a GPU: it computes again, from inputs of its own."""
+
+    def __init__(self, work, inputs):
+        self.work, self.inputs, self.replays = work, [tensor.clone() for tensor in inputs], 0
+
+    def replay(self, inputs):
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            mine.copy_(given)
+        self.work(*self.inputs)
+        self.replays += 1
+
+
+@pytest.fixture
+def taped(monkeypatch):
+    """Return a context in which work is recorded as on a GPU that waits for Python; it gives the tapes."""
+    from fedkd.graphs import Recorder
+
+    @contextmanager
+    def context():
+        tapes, begin = [], Recorder.__init__
+
+        def able(self, device, on):
+            begin(self, device, on)
+            self.able = on
+
+        def record(self, key, work, inputs):
+            self._graphs[key] = Tape(work, inputs)
+            tapes.append(self._graphs[key])
+            return True
+
+        with monkeypatch.context() as patch:
+            for name, twin in {"__init__": able, "_record": record, "_mark": lambda self: None}.items():
+                patch.setattr(Recorder, name, twin)
+            patch.setattr(Recorder, "_waits", lambda self: True)
+            yield tapes
+
+    return context

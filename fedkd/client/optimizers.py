@@ -52,10 +52,30 @@ class StackedOptimizer(ABC):
 
     def __init__(self, client: Client, parameters: Mapping[str, Tensor]) -> None:
         self.client, self.parameters = client, parameters
-        self.steps: Counter[int] = Counter()
+
+    def begin(self, places: Places, rates: Sequence[float]) -> list[float | Tensor]:
+        """Get ready for a step.
+
+        Parameters
+        ----------
+        places : Places
+            Who takes it.
+        rates : sequence of float
+            Learning rate of each of them.
+
+        Returns
+        -------
+        list of float or Tensor
+            Numbers for `step`, each [k] or one for all; the first is the learning rate.
+        """
+        return [places.numbers(rates, change=self.client.schedule != "constant")]
 
     def step(
-        self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], places: Places, rates: Sequence[float]
+        self,
+        weights: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        places: Places,
+        numbers: Sequence[float | Tensor],
     ) -> None:
         """Take a step with some clients.
 
@@ -65,26 +85,21 @@ class StackedOptimizer(ABC):
             Of these clients, [k, ...]. Weights are changed in place; those without gradients are left alone.
         places : Places
             Who they are.
-        rates : sequence of float
-            Learning rate of each of them.
+        numbers : sequence of float or Tensor
+            What `begin` returned.
         """
-        rate = places.numbers(rates)
-        self.begin(places)
+        rate, *corrections = numbers
         for name, gradient in gradients.items():
             if self.client.weight_decay:
                 gradient = gradient.add(weights[name], alpha=self.client.weight_decay)
-            direction = self.direction(name, gradient, places)
+            direction = self.direction(name, gradient, places, *corrections)
             if isinstance(rate, Tensor):
                 weights[name].sub_(times(direction, rate))
             else:
                 weights[name].sub_(direction, alpha=rate)
 
-    def begin(self, places: Places) -> None:
-        """Get ready for a step: count it for the clients that take it."""
-        self.steps.update(places.clients)
-
     @abstractmethod
-    def direction(self, name: str, gradient: Tensor, places: Places) -> Tensor:
+    def direction(self, name: str, gradient: Tensor, places: Places, *corrections: float | Tensor) -> Tensor:
         """Return what is subtracted from a parameter, but for the learning rate."""
 
     def memory(self, wanted: bool = True) -> dict[str, Tensor]:
@@ -99,7 +114,7 @@ class StackedSGD(StackedOptimizer):
         super().__init__(client, parameters)
         self.velocity = self.memory(wanted=client.momentum > 0)
 
-    def direction(self, name: str, gradient: Tensor, places: Places) -> Tensor:
+    def direction(self, name: str, gradient: Tensor, places: Places, *corrections: float | Tensor) -> Tensor:
         """Return the gradient, or the velocity."""
         momentum = self.client.momentum
         if not momentum:
@@ -117,21 +132,24 @@ class StackedAdam(StackedOptimizer):
     def __init__(self, client: Client, parameters: Mapping[str, Tensor]) -> None:
         super().__init__(client, parameters)
         self.mean, self.square = self.memory(), self.memory()
+        self.steps: Counter[int] = Counter()
 
-    def begin(self, places: Places) -> None:
-        """Get ready to correct for how few steps each client has taken."""
-        super().begin(places)
+    def begin(self, places: Places, rates: Sequence[float]) -> list[float | Tensor]:
+        """Get ready for a step, and to correct the means for how few steps each client has taken."""
+        self.steps.update(places.clients)
         steps = [self.steps[client] for client in places.clients]
-        self.size = places.numbers([1 / (1 - self.BETA1**step) for step in steps])
-        self.scale = places.numbers([(1 - self.BETA2**step) ** -0.5 for step in steps])
+        size = places.numbers([1 / (1 - self.BETA1**step) for step in steps], change=True)
+        scale = places.numbers([(1 - self.BETA2**step) ** -0.5 for step in steps], change=True)
+        return [*super().begin(places, rates), size, scale]
 
-    def direction(self, name: str, gradient: Tensor, places: Places) -> Tensor:
+    def direction(self, name: str, gradient: Tensor, places: Places, *corrections: float | Tensor) -> Tensor:
         """Return the corrected mean over the root of the corrected mean square."""
         mean = places.take(self.mean[name]).lerp_(gradient, 1 - self.BETA1)
         square = places.take(self.square[name]).mul_(self.BETA2).addcmul_(gradient, gradient, value=1 - self.BETA2)
         places.put(self.mean[name], mean)
         places.put(self.square[name], square)
-        return times(mean, self.size).div_(times(square.sqrt(), self.scale).add_(self.EPS))
+        size, scale = corrections
+        return times(mean, size).div_(times(square.sqrt(), scale).add_(self.EPS))
 
 
 def clip(gradients: Mapping[str, Tensor], most: float) -> dict[str, Tensor]:

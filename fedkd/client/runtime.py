@@ -72,6 +72,7 @@ class Runtime:
             augment=scenario.data.augment,
             proxy=federation.proxy if self.local.sees_proxy else None,
             build=self.module,
+            graphs=scenario.system.graphs,
             memory={k: v for k, v in memory.items() if not k.startswith(_MODEL)},
         )
 

@@ -69,6 +69,8 @@ class Student:
     trainer : str
         ``sequential``, or ``vectorised`` to be trained together with the other clients of a cohort where that is
         possible.
+    graphs : bool
+        Whether a GPU may replay its steps from a graph.
     max_steps : int
         Most optimiser steps of one call of the trainer, for measuring; 0 = as many as the scenario says.
     memory : dict of str to Tensor
@@ -108,6 +110,7 @@ class Student:
     proxy: ProxySet | None = None
     build: Callable[[str], nn.Module] | None = None
     trainer: str = "sequential"
+    graphs: bool = False
     max_steps: int = 0
     memory: dict[str, Tensor] = field(default_factory=dict)
     knowledge: Knowledge = field(default_factory=Knowledge)

@@ -6,8 +6,8 @@ and draws of the augmentation are those of `fedkd.client.sequential`, and weight
 a loss has a kink, rounding decides: the mean absolute error of a student that still equals its teacher, say.)
 
 Clients are independent, so nobody has to be at the same step as the others: those who wait for batches of the same
-size take them together (see `schedule`). Neither CUDA graphs nor `torch.compile` are used: they have not been tried on
-a GPU, and would record anew for every number of clients and batch size.
+size take them together (see `schedule`). On a GPU, steps that come again and again can be replayed from a graph (see
+`fedkd.graphs`).
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from torch.utils import _pytree as pytree
 from fedkd.client import sequential
 from fedkd.client.optimizers import clip, stacked_optimizer
 from fedkd.client.shared import Frozen
-from fedkd.client.stacks import CannotVectorise, Places, Stack
+from fedkd.client.stacks import CannotVectorise, Places, Stack, brought_home
 from fedkd.client.task import Task
 from fedkd.data.batches import Batch
+from fedkd.graphs import Recorder
 
 if TYPE_CHECKING:
     from fedkd.models import Outputs
@@ -136,16 +137,19 @@ class _Cohort:
         self.steps = [0] * len(tasks)
         self.tally: dict[str, Tensor] = {}
         self.sums: dict[str, Tensor] = {}
+        self.recorder = Recorder(self.device, first.student.graphs)
 
     def train(self) -> None:
         """Take all steps, and only then change the students."""
         self.shared.module.train()
-        for clients, batch in self._batches():
-            self._step(clients, batch)
-            for client in clients:
-                self.steps[client] += 1
+        places: dict[tuple[int, ...], Places] = {}
+        for clients, batch, to_come in self._batches():
+            who = tuple(clients)
+            if who not in places:
+                places[who] = Places(clients, self.device)
+            self._step(places[who], batch, to_come)
         # On the CPU: from there weights travel, or go into a model.
-        state = {name: stack.cpu() for name, stack in self.state.items()}
+        state = brought_home(self.state)
         sums = {name: stack.tolist() for name, stack in self.sums.items()}
         for client, task in enumerate(self.tasks):
             task.student.set_state({name: stack[client] for name, stack in state.items()})
@@ -154,8 +158,11 @@ class _Cohort:
                 task.means = {name: values[client] / len(task.batches) for name, values in sums.items()}
                 task.means.setdefault("loss", sum(task.means.values()))
 
-    def _batches(self) -> Iterator[tuple[list[int], Batch]]:
-        """Yield the clients of each step and their batches, stacked. All ids go to the device at once."""
+    def _batches(self) -> Iterator[tuple[list[int], Batch, int]]:
+        """Yield the clients of each step, their batches, stacked, and how many such steps are left with this one.
+
+        All ids go to the device at once.
+        """
         first = self.tasks[0]
         order = [iter(task.batches) for task in self.tasks]
         steps = [
@@ -169,14 +176,33 @@ class _Cohort:
         ids = first.data.ids_on(np.concatenate(named), self.device)
         generators = [task.generator() for task in self.tasks]
         start = 0
+        to_come = Counter((*clients, len(batches[0])) for clients, batches in steps)
         for clients, batches in steps:
             part = slice(start, start := start + len(clients) * len(batches[0]))
             drawing = [generator for client in clients if (generator := generators[client]) is not None]
             batch = first.gather(rows[part], ids[part], drawing)
-            yield clients, Batch(*(tensor.unflatten(0, (len(clients), -1)) for tensor in batch))
+            stacked = Batch(*(tensor.unflatten(0, (len(clients), -1)) for tensor in batch))
+            yield clients, stacked, to_come[(*clients, len(batches[0]))]
+            to_come[(*clients, len(batches[0]))] -= 1
 
-    def _step(self, clients: list[int], batch: Batch) -> None:
-        places = Places(clients, self.device)
+    def _step(self, places: Places, batch: Batch, to_come: int) -> None:
+        """Take a step with some clients."""
+        numbers = self.optimizer.begin(places, [self.rates[client][self.steps[client]] for client in places.clients])
+        begins = not self.steps[places.clients[0]]  # then it does for all of them, see `schedule`
+        fixed = [None if isinstance(number, Tensor) else number for number in numbers]
+
+        def work(x: Tensor, y: Tensor, ids: Tensor, *changing: Tensor) -> None:
+            rest = iter(changing)
+            self._descend(places, Batch(x, y, ids), [next(rest) if one is None else one for one in fixed], begins)
+
+        changing = [number for number in numbers if isinstance(number, Tensor)]
+        key = (tuple(places.clients), batch.x.shape, tuple(fixed), begins)
+        self.recorder.do(key, work, [*batch, *changing], to_come)
+        for client in places.clients:
+            self.steps[client] += 1
+
+    def _descend(self, places: Places, batch: Batch, numbers: list[float | Tensor], begins: bool) -> None:
+        """Compute a step, with nothing that the CPU would have to wait for."""
         params = {name: places.take(stack).detach() for name, stack in self.state.items()}
         for name in self.learning:
             params[name].requires_grad_()
@@ -188,15 +214,14 @@ class _Cohort:
             if self.client.clip:
                 gradients = clip(gradients, self.client.clip)
             weights = {name: params[name].detach() for name in gradients}
-            rates = [self.rates[client][self.steps[client]] for client in clients]
-            self.optimizer.step(weights, gradients, places, rates)
+            self.optimizer.step(weights, gradients, places, numbers)
             for name, weight in weights.items():
                 places.put(self.state[name], weight)
             for teacher, decay in self.moving:
                 for name, average in teacher.tree.items():
                     moved = places.take(average).lerp_(places.take(self.state[name]), 1 - decay)
                     places.put(average, moved)
-            self._note(named, out, batch, places)
+            self._note(named, out, batch, places, begins)
 
     def _forward(self, params: dict[str, Tensor], places: Places, batch: Batch) -> tuple[dict[str, Tensor], Outputs]:
         task, module = self.tasks[0], self.shared.module
@@ -217,7 +242,7 @@ class _Cohort:
             return pytree.tree_map(lambda values: values.unflatten(0, x.shape[:2]), out)
         return vmap(self.shared.predict, in_dims=(teacher.dims, 0))(teacher.take(places), x)
 
-    def _note(self, named: dict[str, Tensor], out: Outputs, batch: Batch, places: Places) -> None:
+    def _note(self, named: dict[str, Tensor], out: Outputs, batch: Batch, places: Places, begins: bool) -> None:
         """Add to the sums of the loss terms, and to the tally."""
         for name, value in named.items():
             if name not in self.sums:
@@ -226,7 +251,6 @@ class _Cohort:
         observe = self.tasks[0].observe
         if observe is None:
             return
-        begins = not self.steps[places.clients[0]]  # then it does for all of them, see `schedule`
         tally = {} if begins else {name: places.take(stack) for name, stack in self.tally.items()}
         for name, value in vmap(observe)(tally, batch, out).items():
             if name not in self.tally:

@@ -17,12 +17,12 @@ from fedkd.errors import KnowledgeError, RunError, ScenarioError
 from fedkd.losses.response import kd
 from fedkd.optimizers import SGD, Adam, Optimizer
 from fedkd.server.averaging import StateMean
+from fedkd.server.descent import Descent, Loss
 from fedkd.server.targets import Targets
-from fedkd.students import autocast, borrowed, reestimate_norms
+from fedkd.students import borrowed, reestimate_norms
 from fedkd.wording import did_you_mean
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
-Loss = Callable[[Tensor, Tensor, Batch], Tensor]
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,8 @@ class Distiller:
         Where the student is trained; it returns to where it was.
     channels_last : bool
         Memory layout of image batches and convolutions.
+    graphs : bool
+        Whether a GPU may replay the steps from a graph, see `fedkd.graphs`.
     precision : str
         ``fp32``, or ``bf16`` for the student's forward and backward pass; weights, loss and optimiser stay float32.
 
@@ -147,6 +149,7 @@ class Distiller:
     device: str | torch.device = "cpu"
     channels_last: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
+    graphs: bool = False
 
     def __post_init__(self) -> None:
         choices = {
@@ -252,7 +255,6 @@ class Distiller:
                 model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
             if not _finite_weights(model):
                 raise RunError("the student has weights that are not finite before its distillation starts")
-            loss = loss or self._distance(targets.space)
             return self._train(model, array, targets, batches, validate, on_step, loss, carried)
 
     def _batches(self, model: nn.Module, samples: int, generator: np.random.Generator) -> list[np.ndarray]:
@@ -281,7 +283,7 @@ class Distiller:
         batches: list[np.ndarray],
         validate: Callable[[nn.Module], float] | None,
         on_step: Callable[[int, Tensor], None] | None,
-        loss: Loss,
+        loss: Loss | None,
         carried: dict[str, dict[str, Tensor]] | None,
     ) -> DistillReport:
         values = targets.values.to(self.device)
@@ -289,8 +291,18 @@ class Distiller:
         optimizer = self._optimizer(model)
         if carried:
             _resume(optimizer, model, carried)
-        parameters = list(model.parameters())
-        first = last = total = torch.zeros((), device=self.device)
+        descent = Descent(
+            model,
+            optimizer,
+            loss or self._distance(targets.space),
+            sizes=[len(rows) for rows in batches],
+            rates=[self._rate(step, len(batches)) for step in range(len(batches))],
+            clip=self.clip,
+            precision=self.precision,
+            device=self.device,
+            graphs=self.graphs and loss is None,  # somebody else's loss may keep something of every step
+        )
+        first = descent.last
         best_score, best_step, best_state = None, 0, None
         snapshots = StateMean("the student")
         step, stopped = 0, False
@@ -299,30 +311,20 @@ class Distiller:
             start = self._score(model, validate), _copy(model)
         self._training_mode(model)
         for rows in batches:
-            for group in optimizer.param_groups:
-                group["lr"] = self._rate(step, len(batches))
             at = torch.from_numpy(rows)
             batch = data.gather(ids[at], device=self.device, channels_last=self.channels_last)
-            with autocast(self.precision, self.device):
-                logits = model(batch.x).logits
-            last = loss(logits, values[at.to(values.device)], batch)
-            optimizer.zero_grad()
-            last.backward()
-            if self.clip:
-                nn.utils.clip_grad_norm_(parameters, self.clip, foreach=True)
-            optimizer.step()
-            last = last.detach()
-            first = last if step == 0 else first
-            total = total + last
+            descent.step(batch, values[at.to(values.device)])
             step += 1
+            if step == 1:
+                first = descent.last.clone()
             if on_step is not None:
-                on_step(step, last)
+                on_step(step, descent.last.clone())
             if self.returns == "swa" and step >= self.swa_start and (step - self.swa_start) % self.swa_every == 0:
                 snapshots.add(model.state_dict())
             if step % self.check_every and step < len(batches):
                 continue
             # Not finite once, the sum stays so: one look at the device for many steps.
-            if not math.isfinite(float(total)) or not _finite_weights(model):
+            if not math.isfinite(float(descent.total)) or not _finite_weights(model):
                 raise self._diverged(data, ids, step)
             if validate is None:
                 continue
@@ -352,7 +354,7 @@ class Distiller:
         if carried is not None:
             carried.clear()
             carried.update(_memory(optimizer, model))
-        return DistillReport(step, float(first), float(last), best_score, best_step, stopped)
+        return DistillReport(step, float(first), float(descent.last), best_score, best_step, stopped)
 
     def _distance(self, space: str) -> Loss:
         """Return the loss that the settings describe, for targets in a space."""

@@ -194,9 +194,9 @@ class DistillationStrategy(Strategy):
 
     def distiller(self, **settings: Any) -> Distiller:
         """Return a distiller with the server's device, memory layout and precision."""
-        server = self.server
+        server, system = self.server, self.server.scenario.system
         layout = {"device": server.device, "channels_last": server.channels_last}
-        return Distiller(**layout, precision=server.scenario.system.server_precision, **settings)
+        return Distiller(**layout, precision=system.server_precision, graphs=system.graphs, **settings)
 
     def distill_students(
         self, distiller: Distiller, targets: Targets, carried: dict[str, dict[str, dict[str, Tensor]]] | None = None

@@ -53,7 +53,8 @@ def test_a_stacked_optimiser_is_one_of_pytorch_for_each_client(settings, same):
         gradients, rates = draw(), [0.1 if same else 0.1 / (1 + n + step) for n in clients]
         places = Places(clients, CPU)
         weights = {name: places.take(stack) for name, stack in state.items()}
-        stacked.step(weights, {name: places.take(stack) for name, stack in gradients.items()}, places, rates)
+        numbers = stacked.begin(places, rates)
+        stacked.step(weights, {name: places.take(stack) for name, stack in gradients.items()}, places, numbers)
         for name, entries in weights.items():
             places.put(state[name], entries)
         for n, rate in zip(clients, rates, strict=True):

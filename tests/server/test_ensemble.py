@@ -442,7 +442,7 @@ def test_order_of_samples_does_not_matter(seed: int) -> None:
     assert torch.equal(targets.values, values([StoredMember(range(6), z) for z in logits])[order])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_models_run_on_the_gpu_and_come_back() -> None:
     model, data = Linear(), vectors(5)
     on_cpu = predict(model, data, range(5))

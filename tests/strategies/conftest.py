@@ -140,7 +140,7 @@ def distilled():
             seed=0,
             device=torch.device("cpu"),
             channels_last=False,
-            scenario=SimpleNamespace(system=SimpleNamespace(server_precision="fp32")),
+            scenario=SimpleNamespace(system=SimpleNamespace(server_precision="fp32", graphs=False)),
             proxy=Proxy(data=Watched(x, None, kind="vector")),
             has_labels=False,
             model=load,
