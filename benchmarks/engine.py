@@ -75,6 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("no GPU here: the GPU part has not been run", file=sys.stderr)
         return 3
     began = time.monotonic()
+    name = f"engine-{'gpu-' if options.gpu else ''}{report['date']}.json"
+    out = Path(options.out) if options.out else HERE / "results" / name
+    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fedkd-benchmark-") as folder:
         bench = Bench(
             Path(folder),
@@ -87,12 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         for name in names:
             chosen[name](bench)
-    report |= {"minutes": round((time.monotonic() - began) / 60, 1), "rows": bench.rows, "sides": bench.sides}
+            report |= {"minutes": round((time.monotonic() - began) / 60, 1), "rows": bench.rows, "sides": bench.sides}
+            out.write_text(json.dumps(report, indent=1) + "\n")  # part by part, should the rest be stopped
     print(table(bench.rows))
-    name = f"engine-{'gpu-' if options.gpu else ''}{report['date']}.json"
-    out = Path(options.out) if options.out else HERE / "results" / name
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
     print(f"\nwritten to {out}")
     return 0
 

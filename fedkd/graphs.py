@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 Work = Callable[..., None]
 """Reads the tensors that it is given, and changes others in place, always the same ones."""
 
-REPLAYS = 5
+REPLAYS = 6
 """Fewest replays for which recording, which takes as long as a few steps, is worth it."""
 
 
@@ -37,7 +37,7 @@ class Recorder:
     """
 
     def __init__(self, device: torch.device, on: bool) -> None:
-        self.device, self.able = device, on and device.type == "cuda"
+        self.device, self.able = device, on and device.type == "cuda" and not _given_up
         self._graphs: dict[Hashable, Graph] = {}
         self._seen: set[Hashable] = set()
         self._done: torch.cuda.Event | None = None
@@ -56,12 +56,14 @@ class Recorder:
         to_come : int
             How often work of this key is still to be done, this time included.
         """
+        worth = self.able and key in self._seen and to_come >= REPLAYS
+        if key not in self._graphs and worth and self._waits():
+            self._record(key, work, inputs)
         if key in self._graphs:
-            return self._graphs[key].replay(inputs)
-        if self.able and key in self._seen and to_come > REPLAYS and self._waits() and self._record(key, work, inputs):
-            return self._graphs[key].replay(inputs)
-        work(*inputs)
-        self._seen.add(key)
+            self._graphs[key].replay(inputs)
+        else:
+            work(*inputs)
+            self._seen.add(key)
         self._mark()
 
     def _mark(self) -> None:
@@ -74,14 +76,13 @@ class Recorder:
         """Whether the GPU has nothing left to do: then it is Python that takes its time."""
         return self._done is not None and self._done.query()
 
-    def _record(self, key: Hashable, work: Work, inputs: Sequence[Tensor]) -> bool:
+    def _record(self, key: Hashable, work: Work, inputs: Sequence[Tensor]) -> None:
         try:
             with torch.cuda.device(self.device):
                 self._graphs[key] = Graph(work, inputs)
         except RuntimeError as error:  # nothing has been done yet
             self.able = False
-            _say(f"{type(error).__name__}: {error}".split("\n")[0])
-        return key in self._graphs
+            _give_up(f"{type(error).__name__}: {error}".split("\n")[0])
 
 
 class Graph:
@@ -123,6 +124,11 @@ class Graph:
         self._graph.replay()
 
 
+def let_go() -> None:
+    """Let go of the memory that graphs have used; nobody may replay one any more."""
+    _place.cache_clear()
+
+
 @cache
 def _place(device: int) -> tuple[torch.cuda.Stream, torch.cuda.MemPool]:
     """Return where graphs of a device are recorded, and their memory.
@@ -132,6 +138,12 @@ def _place(device: int) -> tuple[torch.cuda.Stream, torch.cuda.MemPool]:
     return torch.cuda.Stream(device), torch.cuda.MemPool()
 
 
-@cache
-def _say(reason: str) -> None:
-    log.warning("work on the GPU is not recorded as a graph: %s", reason)
+_given_up: list[str] = []
+
+
+def _give_up(reason: str) -> None:
+    """Record nothing any more in this process: some versions of PyTorch cannot after a recording that has failed."""
+    let_go()
+    if not _given_up:
+        log.warning("work on the GPU is no longer recorded as graphs: %s", reason)
+    _given_up.append(reason)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar, copy_context
 from typing import Any
 
-from greenlet import greenlet
+from greenlet import getcurrent, greenlet
 
 Work = Callable[[list[Any]], Sequence[Any]]
 """Jobs → as many results; one that is an exception is raised where its job was handed in."""
@@ -56,14 +56,22 @@ class Seat:
             What `work` returned for this job, or raises what it raised.
         """
         if not self._dismissed:
-            self.job = work, job
-            self._leave()
-            self.job = None
+            if getcurrent() is self._greenlet:
+                self.job = work, job
+                self._leave()
+                self.job = None
+            else:  # in a thread that the call has started, say, where nobody can take turns: alone
+                self.outcome = _outcomes(work, [job])[0]
         if self._dismissed:
             raise Dismissed
         if isinstance(self.outcome, BaseException):
             raise self.outcome
         return self.outcome
+
+    @property
+    def ended(self) -> bool:
+        """Whether the call has ended."""
+        return self._greenlet.dead
 
     def advance(self) -> None:
         """Let the call run until it joins or ends."""
@@ -86,6 +94,9 @@ class Seat:
             self.outcome = self._call()
         except BaseException as error:
             self.outcome = error
+        finally:
+            self.job = None
+            _seat.set(None)  # a greenlet keeps its context, which would keep the seat, and that the greenlet
 
 
 _seat: ContextVar[Seat | None] = ContextVar("fedkd-seat", default=None)
@@ -129,10 +140,10 @@ def meet(calls: Sequence[Callable[[], Any]]) -> list[Any]:
         while running:
             for seat in running:
                 seat.advance()
-                ended, error = seat.job is None, seat.outcome
-                if ended and isinstance(error, BaseException) and not isinstance(error, Exception):
+                error = seat.outcome
+                if seat.ended and isinstance(error, BaseException) and not isinstance(error, Exception):
                     raise error
-            running = [seat for seat in running if seat.job is not None]
+            running = [seat for seat in running if not seat.ended]
             _work(running)
     finally:
         for seat in seats:
@@ -146,11 +157,17 @@ def _work(seats: list[Seat]) -> None:
         assert seat.job is not None
         together.setdefault(seat.job[0], []).append(seat)
     for work, members in together.items():
-        try:
-            outcomes = list(work([seat.job[1] for seat in members if seat.job is not None]))
-            if len(outcomes) != len(members):
-                raise RuntimeError(f"{len(outcomes)} results for {len(members)} jobs")
-        except Exception as error:
-            outcomes = [error] * len(members)
+        outcomes = _outcomes(work, [seat.job[1] for seat in members if seat.job is not None])
         for seat, outcome in zip(members, outcomes):
             seat.outcome = outcome
+
+
+def _outcomes(work: Work, jobs: list[Any]) -> list[Any]:
+    """Return what comes of each job: a result, or an exception."""
+    try:
+        outcomes = list(work(jobs))
+        if len(outcomes) != len(jobs):
+            raise RuntimeError(f"{len(outcomes)} results for {len(jobs)} jobs")
+    except Exception as error:
+        return [error] * len(jobs)
+    return outcomes

@@ -203,7 +203,8 @@ class _Preflight:
             seconds = _whole(few, short, more, long, all_steps) / width
             at_once = 1 if trainer == "sequential" else width
             peak = runs[2 * number + 1]
-            group.took[trainer] = _Took(seconds, peak.host_bytes // at_once, peak.gpu_bytes // at_once)
+            graphs = 2 if trainer == "vectorised" and self.scenario.system.graphs else 1  # with memory of their own
+            group.took[trainer] = _Took(seconds, peak.host_bytes // at_once, graphs * peak.gpu_bytes // at_once)
 
     def _run(self, group: _Group, plan: Sequence[tuple[np.ndarray, int, str]]) -> list[Measured]:
         """Run cohorts of a group; return what they took, or nothing where one of them failed."""

@@ -105,7 +105,10 @@ class LocalTraining:
         return {"ce": cross_entropy(out.logits, batch.y)}
 
     def observe(self, tally: dict[str, Tensor], batch: Batch, out: Outputs) -> dict[str, Tensor]:
-        """Return sums kept over the steps of a round (class means, say); they end in ``student.tally``."""
+        """Return sums kept over the steps of a round (class means, say); they end in ``student.tally``.
+
+        Like `loss`, it must do nothing but compute.
+        """
         return tally
 
     def share(self, student: Student) -> Knowledge:

@@ -46,7 +46,7 @@ class SharedModel:
         self.initial: State = {name: tensor.cpu().clone() for name, tensor in self.tensors.items()}
         self.travelling: State = {name: self.tensors[name] for name in travelling(model, buffers)}
         self.batch_norm = has_batch_norm(model)
-        self._sound: tuple[int, State] = 0, {}  # round and state of the last weights that were found to fit
+        self._sound: tuple[int, State] = -1, {}  # round and state of the last weights that were found to fit
         self._optimizer: Optimizer | None = None
         self._tenant: Student | None = None
 
@@ -87,7 +87,7 @@ class SharedModel:
         if before == round and sound.keys() == state.keys() and all(same_memory(state[k], sound[k]) for k in state):
             return
         weights.check(self.travelling)
-        self._sound = round, state
+        self._sound = round, dict(state)
 
     def predict(self, state: State, x: Tensor) -> Outputs:
         """Return the outputs of a model with a whole state, in evaluation mode."""

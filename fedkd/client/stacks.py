@@ -129,18 +129,17 @@ def same_memory(one: Tensor, other: Tensor) -> bool:
 
 
 PINNED = 1 << 28
-"""Most bytes of a stack for which page-locked memory is taken: it is fast, but no other process can have it."""
+"""Most bytes of stacks for which page-locked memory is taken: it is fast, but no other process can have it."""
 
 
 def brought_home(stacks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return stacks on the CPU."""
-    home: dict[str, Tensor] = {}
+    """Return stacks of one device on the CPU."""
+    device = next((stack.device for stack in stacks.values()), torch.device("cpu"))
+    if device.type != "cuda" or sum(stack.nbytes for stack in stacks.values()) > PINNED:
+        return {name: stack.cpu() for name, stack in stacks.items()}
+    # PyTorch keeps such memory and gives it out again: no page of it has to be found anew.
+    home = {name: torch.empty(stack.shape, dtype=stack.dtype, pin_memory=True) for name, stack in stacks.items()}
     for name, stack in stacks.items():
-        if stack.device.type == "cuda" and stack.nbytes <= PINNED:
-            # PyTorch keeps such memory and gives it out again: no page of it has to be found anew.
-            home[name] = torch.empty(stack.shape, dtype=stack.dtype, pin_memory=True).copy_(stack, non_blocking=True)
-        else:
-            home[name] = stack.cpu()
-    for device in {stack.device for stack in stacks.values() if stack.device.type == "cuda"}:
-        torch.cuda.synchronize(device)
+        home[name].copy_(stack, non_blocking=True)
+    torch.cuda.synchronize(device)
     return home

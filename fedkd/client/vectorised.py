@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils import _pytree as pytree
 
+from fedkd import graphs
 from fedkd.client import sequential
 from fedkd.client.optimizers import clip, stacked_optimizer
 from fedkd.client.shared import Frozen
@@ -54,6 +55,7 @@ def train(tasks: Sequence[Task]) -> list[Exception | None]:
                 continue
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError):
+                graphs.let_go()
                 torch.cuda.empty_cache()
                 for task in group:
                     task.student.metrics["out_of_memory"] = 1.0

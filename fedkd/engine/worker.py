@@ -16,6 +16,7 @@ from flwr.app.message import make_message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
+from fedkd import graphs
 from fedkd.arrays import BufferArray, buffered
 from fedkd.caches import forget
 from fedkd.cohorts import Parts
@@ -360,6 +361,7 @@ class Worker:
     def idle(self) -> None:
         """Give back what the allocator keeps of the GPU: others may need it until the next cohort comes."""
         if torch.cuda.is_initialized():
+            graphs.let_go()
             torch.cuda.empty_cache()
 
     def compute(self, function: Callable[..., Any], arguments: list[Any], *objects: Any) -> Any:

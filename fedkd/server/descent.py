@@ -67,8 +67,9 @@ class Descent:
         self.last, self.total = torch.zeros((), device=device), torch.zeros((), device=device)
         self._recorder = Recorder(device, graphs)
         self._rates: Sequence[float] | Tensor = rates
-        if device.type == "cuda" and graphs and isinstance(optimizer, Adam) and len(set(rates)) > 1:
-            self._rates = torch.tensor(rates, device=device)  # a graph would keep plain numbers as they were recorded
+        if device.type == "cuda" and isinstance(optimizer, Adam) and len(set(rates)) > 1:
+            # A graph would keep plain numbers as they were recorded; without graphs they are as many bits long.
+            self._rates = torch.tensor(rates, device=device) if graphs else torch.tensor(rates).tolist()
         self._keys = [(size, None if isinstance(self._rates, Tensor) else rate) for size, rate in zip(sizes, rates)]
         self._to_come = Counter(self._keys)
         self._taken = 0

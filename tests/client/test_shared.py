@@ -83,6 +83,10 @@ def test_weights_for_all_clients_are_read_once_a_round(small, monkeypatch):
     two.load(filled(two, 1.0))  # equal numbers in other memory
     assert len(read) == 2
     two.load(sent)
+    with pytest.raises(KnowledgeError, match="unexpected"):
+        two.load(Weights(sent.state | {"more": torch.ones(1)}, sent.arch))
+    with pytest.raises(KnowledgeError, match="missing"):
+        runtime.student(0, 0, Context(0, 0, {}, RecordDict(), {})).load(Weights({}, sent.arch))
     later = runtime.student(0, 2, Context(0, 0, {}, RecordDict(), {}))
     next(iter(sent.state.values())).fill_(float("nan"))
     with pytest.raises(KnowledgeError, match="NaN"):

@@ -156,7 +156,6 @@ def test_graphs_of_training_have_the_bits_of_training(small, cohort, close, monk
     assert len(replayed) > 20
     monkeypatch.setattr("fedkd.graphs.REPLAYS", 1000)
     close(cohort(scenario).train(2, trainer="vectorised"), with_graphs, 0.0)
-    close(cohort(scenario).train(2, trainer="sequential"), with_graphs, 1e-2 if precision == "bf16" else 1e-3)
 
 
 # --- models, data, losses ------------------------------------------------------------------------------------------

@@ -77,10 +77,8 @@ def test_device_copy_gathers_the_same(monkeypatch):
     wanted = data.gather(np.array([3, 1]))
     meta = data.gather(np.array([3, 1]), device="meta")  # another device, without needing one
     assert meta.x.shape == wanted.x.shape and meta.x.device.type == "meta"
-    there = data.gather(
-        data.ids_on(np.array([3, 1]), torch.device("meta")), device="meta"
-    )  # ids that are there already
-    assert there.x.shape == wanted.x.shape and there.y.shape == wanted.y.shape
+    unlabelled = ArrayData(data.x).gather(np.array([3, 1]), device="meta")
+    assert unlabelled.x.shape == wanted.x.shape and unlabelled.y.shape == wanted.y.shape
     samples, labels = data._copy(torch.device("cpu"))
     assert samples.dtype == torch.uint8 and labels is not None and samples.shape == (6, 9, 7, 3)
 
