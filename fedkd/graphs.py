@@ -82,7 +82,8 @@ class Recorder:
                 self._graphs[key] = Graph(work, inputs)
         except RuntimeError as error:  # nothing has been done yet
             self.able = False
-            _give_up(f"{type(error).__name__}: {error}".split("\n")[0])
+            with torch.cuda.device(self.device):
+                _give_up(f"{type(error).__name__}: {error}".split("\n")[0])
 
 
 class Graph:
@@ -103,15 +104,16 @@ class Graph:
 
     def __init__(self, work: Work, inputs: Sequence[Tensor]) -> None:
         self._inputs = [tensor.clone() for tensor in inputs]
+        stream, first = _place(torch.cuda.current_device())
         self._graph = torch.cuda.CUDAGraph()
-        stream, pool = _place(torch.cuda.current_device())
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
             # Other threads, Ray's for example, may do as they like meanwhile.
-            self._graph.capture_begin(pool.id, "thread_local")  # pyright: ignore[reportArgumentType]
+            self._graph.capture_begin(first.pool(), "thread_local")
             try:
                 work(*self._inputs)
             except BaseException:
+                _failed.append(self._graph)
                 with suppress(RuntimeError):  # which would say less
                     self._graph.capture_end()
                 raise
@@ -130,20 +132,34 @@ def let_go() -> None:
 
 
 @cache
-def _place(device: int) -> tuple[torch.cuda.Stream, torch.cuda.MemPool]:
-    """Return where graphs of a device are recorded, and their memory.
+def _place(device: int) -> tuple[torch.cuda.Stream, torch.cuda.CUDAGraph]:
+    """Return where graphs of a device are recorded, and one whose memory the others use and which keeps it for them.
 
-    All have the same: they replay one after the other, and leave nothing in it that is read later.
+    They can share it: they replay one after the other, and leave nothing in it that is read later.
     """
-    return torch.cuda.Stream(device), torch.cuda.MemPool()
+    stream, first = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        number = torch.zeros(1, device=f"cuda:{device}")
+        torch.cuda.synchronize()
+        first.capture_begin(capture_error_mode="thread_local")
+        number.add_(1)
+        first.capture_end()
+    return stream, first
 
+
+_failed: list[torch.cuda.CUDAGraph] = []
+"""Recordings that have failed: PyTorch's allocator may ask them until the process ends."""
 
 _given_up: list[str] = []
+"""Why this process records nothing any more."""
 
 
 def _give_up(reason: str) -> None:
-    """Record nothing any more in this process: some versions of PyTorch cannot after a recording that has failed."""
-    let_go()
+    """Record nothing any more in this process: not every version of PyTorch can after a recording that has failed."""
     if not _given_up:
         log.warning("work on the GPU is no longer recorded as graphs: %s", reason)
     _given_up.append(reason)
+    let_go()
+    with suppress(RuntimeError):  # one that succeeds gives PyTorch's random generator back, which dropout needs
+        _place(torch.cuda.current_device())
+    let_go()
