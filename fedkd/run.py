@@ -40,6 +40,7 @@ from fedkd.engine.placement import PER_GPU
 from fedkd.environment import environment
 from fedkd.errors import FedKDError, LostError, RunError, ScenarioError, errors_in
 from fedkd.files import plain, write_atomic
+from fedkd.garbage import spared
 from fedkd.listening import Listener, Result
 from fedkd.preflight import Report, preflight
 from fedkd.run_folder import (
@@ -308,7 +309,10 @@ def _run_locked(
             if saved is not None:
                 restore(*saved, strategy, server, grid)
             _announce(server, strategy.round if saved is not None else 0, again=log.tell() > 0)
-            strategy, server = _rounds(strategy, server, grid, checkpoints, lambda: spent + time.perf_counter() - began)
+            with spared():
+                strategy, server = _rounds(
+                    strategy, server, grid, checkpoints, lambda: spent + time.perf_counter() - began
+                )
             seconds = spent + time.perf_counter() - began
             summary = summarise(folder, scenario, strategy, server, federation, seconds)
             for name, state in strategy.students.items():

@@ -278,6 +278,7 @@ class Worker:
         """Let go of the app and of what this process keeps for it: nobody knows when this worker will be wanted."""
         self._parts = self._runner = None
         forget()
+        gc.unfreeze()
         gc.collect()
 
     def begin(self, app_factory: AppFactory, num_partitions: int, run_config: dict[str, Any]) -> None:
@@ -291,12 +292,14 @@ class Worker:
             assert self._parts is not None  # a worker that rests has to begin first
             factory, num_partitions, run_config = self._parts
             self._runner = CohortRunner(factory(), num_partitions, run_config)
+            gc.freeze()  # see `fedkd.garbage`
 
     def replace_app(self, app_factory: AppFactory) -> None:
         """Make the next app by another factory."""
         assert self._parts is not None
         self._parts = app_factory, *self._parts[1:]
         self._runner = None
+        gc.unfreeze()
 
     def run(self, cohorts: list[Cohort], order: Order, packed: bytes | None, *objects: Any) -> Any:
         """Run cohorts, one after the other.

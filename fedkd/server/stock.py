@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import inspect
 import random
 import typing
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -22,6 +20,7 @@ from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg
 
 from fedkd.errors import RunError, ScenarioError
+from fedkd.garbage import spared
 from fedkd.payloads import CONFIG, METRICS, NUM_EXAMPLES, Weights
 from fedkd.server.strategy import DistillationStrategy
 
@@ -176,7 +175,7 @@ class StockStrategy(DistillationStrategy):
             loss = upload.knowledge.metrics.get("loss", 0.0)
             metrics = MetricRecord({NUM_EXAMPLES: upload.num_examples, "loss": loss})
             replies.append(make_message(upload.message.metadata, _separate(upload.message.content, metrics)))
-        with _collecting_little():
+        with spared():  # some of Flower's strategies collect garbage for every reply
             arrays, _ = self.inner.aggregate_train(self.round, replies)
         if arrays is None:
             raise RunError(f"round {self.round}: flwr:{self.inner_class.__name__} could not aggregate the replies")
@@ -192,23 +191,6 @@ class StockStrategy(DistillationStrategy):
         super().load_state_dict(state)
         for name, value in state["inner"].items():
             setattr(self.inner, name, _from_tree(value))
-
-
-@contextmanager
-def _collecting_little() -> Iterator[None]:
-    """Keep the garbage collector from what is there already.
-
-    Some of Flower's strategies collect for every reply, which takes long where much has been imported: once is enough.
-    """
-    ours = not gc.get_freeze_count()  # else somebody has done so, and wants it to stay
-    if ours:
-        gc.collect()
-        gc.freeze()
-    try:
-        yield
-    finally:
-        if ours:
-            gc.unfreeze()
 
 
 def _field(parameter: inspect.Parameter, kind: type) -> Any:
