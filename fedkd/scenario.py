@@ -179,7 +179,7 @@ class System(Section):
     graphs: bool = Field(
         default=False,
         description="Replay a GPU's training steps from CUDA graphs: of vectorised clients, and of the server's "
-        "distillation. Off, as it has not been tried on a GPU yet.",
+        "distillation. Off, as not all of its tests have passed on a GPU yet.",
     )
     cohort: int = Field(
         default=0,
