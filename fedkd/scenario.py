@@ -179,8 +179,7 @@ class System(Section):
     graphs: bool = Field(
         default=False,
         description="Replay a GPU's training steps from CUDA graphs: of vectorised clients, and of the server's "
-        "distillation. The bits are the same. Off, as it has hardly been measured "
-        "where that pays.",
+        "distillation. The bits are the same. Off, as it has hardly been measured where that pays.",
     )
     cohort: int = Field(
         default=0,
