@@ -9,7 +9,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-FLOOR = {"errors", "seeds", "files", "threads", "wording", "arrays", "cohorts", "meeting", "optimizers", "caches"}
+FLOOR = {
+    "errors",
+    "seeds",
+    "files",
+    "threads",
+    "wording",
+    "arrays",
+    "cohorts",
+    "meeting",
+    "optimizers",
+    "caches",
+    "graphs",
+    "garbage",
+}
 BASE = FLOOR | {"codecs", "scenario", "options", "payloads", "plugins", "models", "losses", "data"}
 HALVES = BASE | {"students", "flower", "client", "server"}
 WIRED = HALVES | {
@@ -49,6 +62,8 @@ ARROWS: dict[str, set[str]] = {
     "methods": FLOOR | {"plugins"},
     "optimizers": set(),
     "caches": set(),
+    "graphs": set(),
+    "garbage": set(),
     "kept": set(),
     "cluster": {"errors", "threads", "scenario", "kept"},
     "listening": HALVES | {"preflight"},
@@ -62,7 +77,7 @@ ARROWS: dict[str, set[str]] = {
     "server": HALVES | {"engine"},  # a strategy names the client half it goes with
     "privacy": HALVES,
     # Flower and Ray, nothing of distillation.
-    "engine": {"errors", "seeds", "threads", "arrays", "cohorts", "meeting", "cluster", "kept", "caches"},
+    "engine": {"errors", "seeds", "threads", "arrays", "cohorts", "meeting", "cluster", "kept", "caches", "graphs"},
     "checkpoint": FLOOR | {"payloads"},
     "environment": BASE | {"students"},
     "checks": HALVES | {"engine"},
