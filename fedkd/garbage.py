@@ -1,4 +1,4 @@
-"""The garbage collector, kept from what is there to stay: where PyTorch is imported, a full collection takes 0.1 s."""
+"""The garbage collector, kept from what is there to stay: where PyTorch is imported, that is a lot to look at."""
 
 import gc
 from collections.abc import Iterator

@@ -113,11 +113,17 @@ class Graph:
             try:
                 work(*self._inputs)
             except BaseException:
-                _failed.append(self._graph)
                 with suppress(RuntimeError):  # which would say less
-                    self._graph.capture_end()
+                    self._end()
                 raise
+            self._end()
+
+    def _end(self) -> None:
+        try:
             self._graph.capture_end()
+        except RuntimeError:
+            _failed.append(self._graph)
+            raise
 
     def replay(self, inputs: Sequence[Tensor]) -> None:
         """Do the work with other inputs."""
@@ -148,7 +154,7 @@ def _place(device: int) -> tuple[torch.cuda.Stream, torch.cuda.CUDAGraph]:
 
 
 _failed: list[torch.cuda.CUDAGraph] = []
-"""Recordings that have failed: PyTorch's allocator may ask them until the process ends."""
+"""Recordings that could not be ended: PyTorch's allocator may ask them until the process ends."""
 
 _given_up: list[str] = []
 """Why this process records nothing any more."""

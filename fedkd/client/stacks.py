@@ -133,7 +133,7 @@ PINNED = 1 << 28
 
 
 def brought_home(stacks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return stacks of one device on the CPU."""
+    """Return stacks [clients, ...] of one device on the CPU."""
     device = next((stack.device for stack in stacks.values()), torch.device("cpu"))
     if device.type != "cuda" or sum(stack.nbytes for stack in stacks.values()) > PINNED:
         return {name: stack.cpu() for name, stack in stacks.items()}
