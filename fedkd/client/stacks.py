@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 
@@ -71,9 +71,21 @@ class Stack:
         Where the leaves are wanted.
     share : bool
         Whether leaves may be shared; those that will be changed may not.
+    turned : collection of str
+        Keys of matrices in trees that are dicts: in memory they lie column by column. Default: none.
     """
 
-    def __init__(self, trees: Sequence[Any], what: str, device: torch.device, *, share: bool = True) -> None:
+    def __init__(
+        self,
+        trees: Sequence[Any],
+        what: str,
+        device: torch.device,
+        *,
+        share: bool = True,
+        turned: Collection[str] = (),
+    ) -> None:
+        if turned:
+            trees = [_turn(tree, turned) for tree in trees]
         flat, specs = zip(*(pytree.tree_flatten(tree) for tree in trees))
         if any(spec != specs[0] for spec in specs):
             raise CannotVectorise(f"{what} differs in structure from client to client")
@@ -91,10 +103,10 @@ class Stack:
             if one is None:
                 leaves.append(_stacked(values, device))
             else:
-                leaves.append(one if share else one.expand(len(values), *one.shape).clone())
+                leaves.append(one if share else one.contiguous().expand(len(values), *one.shape).clone())
             dims.append(None if share and one is not None else 0)
         self._dims, self._spec = dims, specs[0]
-        self.tree = pytree.tree_unflatten(leaves, self._spec)
+        self.tree = _turn(pytree.tree_unflatten(leaves, self._spec), turned)
         self.dims = pytree.tree_unflatten(dims, self._spec)
         self.shared = 0 not in dims
 
@@ -106,8 +118,13 @@ class Stack:
 
 def _stacked(values: Sequence[Tensor], device: torch.device) -> Tensor:
     if len({value.device for value in values}) == 1:  # one way to the device for all of them
-        return torch.stack([value.detach() for value in values]).to(device)
-    return torch.stack([value.detach().to(device) for value in values])
+        return torch.stack([value.detach().contiguous() for value in values]).to(device)
+    return torch.stack([value.detach().to(device).contiguous() for value in values])
+
+
+def _turn(tree: Any, names: Collection[str]) -> Any:
+    """Return a dict with some of its matrices transposed; what has no names is returned as it is."""
+    return {name: leaf.mT if name in names else leaf for name, leaf in tree.items()} if names else tree
 
 
 def _equal(tensors: Sequence[Tensor], *, compare: bool) -> bool:
@@ -117,6 +134,15 @@ def _equal(tensors: Sequence[Tensor], *, compare: bool) -> bool:
         same_memory(tensor, first) or (compare and tensor.device == first.device and torch.equal(tensor, first))
         for tensor in tensors
     )
+
+
+def transposed_weights(module: nn.Module) -> set[str]:
+    """Return the names of the weights whose gradients PyTorch computes transposed where clients are batched.
+
+    Weights that lie in memory as their gradients do are changed as one long vector, several times as fast.
+    """
+    layers = [name for name, layer in module.named_modules() if type(layer) is nn.Linear]
+    return {f"{name}.weight".lstrip(".") for name in layers}
 
 
 def same_memory(one: Tensor, other: Tensor) -> bool:

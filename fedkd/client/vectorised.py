@@ -28,7 +28,7 @@ from fedkd import graphs
 from fedkd.client import sequential
 from fedkd.client.optimizers import clip, stacked_optimizer
 from fedkd.client.shared import Frozen
-from fedkd.client.stacks import CannotVectorise, Places, Stack, brought_home
+from fedkd.client.stacks import CannotVectorise, Places, Stack, brought_home, transposed_weights
 from fedkd.client.task import Task
 from fedkd.data.batches import Batch
 from fedkd.graphs import Recorder
@@ -124,11 +124,14 @@ class _Cohort:
         self.client, self.shared, self.device = first.student.client, first.student.shared, first.student.device
         parameters = dict(self.shared.module.named_parameters())
         states = [{name: task.student.state[name] for name in parameters} for task in tasks]
-        self.state: dict[str, Tensor] = Stack(states, "the state", self.device, share=False).tree
+        turned = transposed_weights(self.shared.module)
+        self.state: dict[str, Tensor] = Stack(states, "the state", self.device, share=False, turned=turned).tree
         self.learning = [name for name, parameter in parameters.items() if parameter.requires_grad]
         self.aux = Stack([task.aux for task in tasks], "what `absorb` returns", self.device)
         self.teachers = [
-            Stack([one.state for one in each], "a teacher", self.device, share=each[0] not in first.moving)
+            Stack(
+                [one.state for one in each], "a teacher", self.device, share=each[0] not in first.moving, turned=turned
+            )
             for each in zip(*(task.distinct for task in tasks))
         ]
         if self.teachers:
@@ -154,7 +157,7 @@ class _Cohort:
         state = brought_home(self.state)
         sums = {name: stack.tolist() for name, stack in self.sums.items()}
         for client, task in enumerate(self.tasks):
-            task.student.set_state({name: stack[client] for name, stack in state.items()})
+            task.student.set_state({name: stack[client].contiguous() for name, stack in state.items()})
             if task.batches:
                 task.tally = {name: stack[client] for name, stack in self.tally.items()}
                 task.means = {name: values[client] / len(task.batches) for name, values in sums.items()}
