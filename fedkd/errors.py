@@ -56,6 +56,28 @@ class RunError(FedKDError):
     """A run failed; what it had finished stays on disk and can be resumed."""
 
 
+class TooFewError(RunError):
+    """Fewer usable replies arrived in a round than ``system.min_replies``.
+
+    Parameters
+    ----------
+    round : int
+        Communication round.
+    got, needed : int
+        Replies.
+    what : str
+        What they are.
+    """
+
+    def __init__(self, round: int, got: int, needed: int, what: str) -> None:
+        super().__init__(
+            f"round {round}: {got} usable {what}, at least {needed} are needed (system.min_replies); "
+            "the reasons are in metrics.jsonl as 'refused' events\n"
+            "  what is drawn by the seed ([clock], [faults]) comes again when the run is resumed; it needs a smaller "
+            "min_replies in the scenario.toml of the run"
+        )
+
+
 class UncoveredError(KnowledgeError):
     """Nobody knows anything about any of the samples that were asked for."""
 

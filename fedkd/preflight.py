@@ -155,7 +155,11 @@ class _Preflight:
             "architectures": {
                 group.arch: {name: took._asdict() for name, took in group.took.items()} for group in self.groups
             },
-            "worker": {"host_bytes": self.held_host, "gpu_bytes": self.held_gpu},
+            "worker": {
+                "host_bytes": self.held_host,
+                "gpu_bytes": self.held_gpu,
+                "planned_bytes": placement.worker_bytes,
+            },
             "round_seconds": placement.seconds,
             "notes": self.notes,
         }

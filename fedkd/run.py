@@ -19,7 +19,7 @@ import re
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -293,7 +293,7 @@ def _run_locked(
 
         grid = None
         try:
-            grid = make_grid(scenario, federation, probe=known is None)
+            grid = make_grid(scenario, federation, probe=known is None, worker_bytes=_planned_bytes(known, scenario))
             server = ServerRuntime(scenario, grid, write)
             strategy.bind(server)
             listener.run_started(folder, asked, federation, int(saved[0]["round"]) if saved else 0)
@@ -406,10 +406,17 @@ def _known_preflight(folder: Path) -> dict[str, Any] | None:
         return None
 
 
+def _planned_bytes(known: Mapping[str, Any] | None, scenario: Scenario) -> int:
+    """Return the memory of a worker that was planned when a run began on a cluster; 0 = not known, or one machine."""
+    return int(known["worker"].get("planned_bytes", 0)) if known and scenario.system.address else 0
+
+
 def _settle(grid: SimulationGrid, asked: Scenario, report: Report, federation: Federation) -> SimulationGrid:
     """Return a grid as a preflight wants it: the one that it used, if its workers are right."""
     scenario = report.scenario
-    if grid.workers and (report.placement.workers, report.placement.gpu_fraction) != (grid.workers, 0.0):
+    other = (report.placement.workers, report.placement.gpu_fraction) != (grid.workers, 0.0)
+    # Of a cluster's machines some may have no memory for the workers that Ray has put there.
+    if grid.workers and (other or (asked.system.address and asked.system.workers)):
         grid.close()
         return make_grid(scenario, federation, worker_bytes=report.placement.worker_bytes)
     grid.cohort = scenario.system.cohort

@@ -383,9 +383,32 @@ def test_a_run_goes_on_with_the_share_of_a_gpu_that_was_settled_for_its_workers(
     assert (system.workers, system.gpu_fraction) == settled
 
 
+@pytest.mark.parametrize(
+    ("system", "remade"),
+    [({"workers": 2, "address": "auto"}, True), ({"workers": 2}, False), ({"address": "auto"}, False)],
+    ids=["cluster", "one machine", "all CPUs"],
+)
+def test_workers_that_were_asked_for_get_their_memory_on_a_cluster(small, monkeypatch, system, remade):
+    scenario = small(system={"engine": "ray", **system})
+    placement = SimpleNamespace(workers=2, gpu_fraction=0.0, worker_bytes=5_000)
+    report = SimpleNamespace(scenario=scenario, placement=placement)
+    before = SimpleNamespace(workers=2, close=lambda: None, cohort=0)
+    monkeypatch.setattr(run, "make_grid", lambda scenario, federation, worker_bytes: worker_bytes)
+    after = run._settle(before, scenario, report, None)
+    assert after == 5_000 if remade else after is before
+
+
+def test_a_resumed_run_sets_aside_what_was_planned_on_a_cluster(small):
+    facts = {"worker": {"host_bytes": 1, "planned_bytes": 7}}
+    cluster, alone = small(system={"engine": "ray", "address": "auto"}), small(system={"engine": "ray"})
+    assert run._planned_bytes(facts, cluster) == 7
+    assert run._planned_bytes(facts, alone) == run._planned_bytes(None, cluster) == 0
+    assert run._planned_bytes({"worker": {"host_bytes": 1}}, cluster) == 0  # of an earlier version
+
+
 def test_too_few_replies_stop_the_run_resumably(small, tmp_path):
     scenario = small("fedavg", run__participation=1.0, client__lr=1e30, system__min_replies=2)
-    with pytest.raises(RunError, match=r"usable uploads[\s\S]*fedkd resume"):
+    with pytest.raises(RunError, match=r"usable uploads[\s\S]*min_replies in the scenario.toml[\s\S]*fedkd resume"):
         run.execute(scenario, out=tmp_path)
     (folder,) = (tmp_path / "small").iterdir()
     assert not (folder / "summary.json").exists() and (folder / "error.txt").exists()

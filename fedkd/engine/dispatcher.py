@@ -203,6 +203,8 @@ class Dispatcher(threading.Thread):
             self._pool.loaded(place)
 
     def _fill(self) -> None:
+        if self._pool.failure is not None:  # of which another dispatcher may have been the one to hear
+            raise self._pool.failure
         self._watch()
         load = Counter(place for place, _ in self._in_flight.values())
         out = self._pool.loading.keys() | self._pool.gone

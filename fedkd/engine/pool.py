@@ -83,6 +83,7 @@ class Pool:
                 ray.shutdown()
             raise
         self.gone: set[int] = set()  # places where one worker after another died before it could begin
+        self.failure: RunError | None = None  # once there is no place left
         self._stillborn = Counter[int]()
         self._dispatchers: set[Dispatcher] = set()
         self._started = self._closed = False
@@ -145,10 +146,11 @@ class Pool:
         self.gone.add(place)
         left = len(self.actors) - len(self.gone)
         if not left:
-            raise RunError(
+            self.failure = RunError(
                 f"workers die while they load the client app, {times} times in each place: {cause(error)}\n"
                 "  is there memory for so many? --workers sets their number"
             )
+            raise self.failure
         log.warning("a worker died %d times while it loaded the client app; %d are left", times, left)
 
     def load_app(self, app_factory: Any) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkd.errors import RunError
+from fedkd.errors import TooFewError
 from fedkd.payloads import Knowledge, ProxyOutputs, Request, Weights
 from fedkd.seeds import Purpose
 from fedkd.server.ensemble import Ensemble
@@ -114,7 +114,7 @@ class OutputExchange(DistillationStrategy):
 
         Raises
         ------
-        RunError
+        TooFewError
             Fewer than ``system.min_replies`` usable answers.
         """
         answers = 0
@@ -126,10 +126,7 @@ class OutputExchange(DistillationStrategy):
         def ended() -> None:
             needed = self.server.scenario.system.min_replies
             if answers < needed:
-                raise RunError(
-                    f"round {self.round}: {answers} usable answers to {action}, at least {needed} are needed "
-                    "(system.min_replies); the reasons are in metrics.jsonl as 'refused' events"
-                )
+                raise TooFewError(self.round, answers, needed, f"answers to {action}")
 
         sums = self.server.sums_on_workers
         uploads = Uploads(

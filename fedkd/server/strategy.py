@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedkd.arrays import array_record
 from fedkd.client.local import LocalTraining
-from fedkd.errors import KnowledgeError, RunError
+from fedkd.errors import KnowledgeError, RunError, TooFewError
 from fedkd.payloads import Knowledge, State, Weights
 from fedkd.seeds import Purpose, rng
 from fedkd.server.averaging import Averages
@@ -408,7 +408,7 @@ class DistillationStrategy(Strategy):
 
         Raises
         ------
-        RunError
+        TooFewError
             When they are read: fewer uploads arrived than ``system.min_replies``.
         """
         self.members, self.received = [], 0
@@ -427,10 +427,7 @@ class DistillationStrategy(Strategy):
             self.train_metrics = mean_metrics(reports[p] for p in sorted(reports))
             needed = self.server.scenario.system.min_replies
             if self.received < needed:
-                raise RunError(
-                    f"round {self.round}: {self.received} usable uploads, at least {needed} are needed "
-                    "(system.min_replies); the reasons are in metrics.jsonl as 'refused' events"
-                )
+                raise TooFewError(self.round, self.received, needed, "uploads")
 
         return Uploads(one_by_one, on_workers, seen, ended)
 

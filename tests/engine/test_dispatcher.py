@@ -11,6 +11,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 
 from fedkd.engine import dispatcher as module
 from fedkd.engine.dispatcher import Dispatcher, Job, Pieces
+from fedkd.errors import RunError
 
 
 class Ref:
@@ -43,7 +44,7 @@ class FakePool:
 
     def __init__(self, count):
         self.actors, self.loading, self.gone = [Actor(n) for n in range(count)], {}, set()
-        self.made = count
+        self.made, self.failure = count, None
 
     def replace(self, place, actor):
         if self.actors[place] is actor:
@@ -197,3 +198,17 @@ def test_a_worker_that_never_loads_holds_nothing_of_a_call():
         del dispatcher, argument
     gc.collect()
     assert [each() for each in held] == [None] * 3
+
+
+def test_nobody_waits_for_a_worker_when_another_dispatcher_hears_that_none_is_left(dispatch):
+    dispatcher = dispatch(1, [job("a")])
+    pool = dispatcher._pool
+    end(dispatcher, pool.actors[0], ActorDiedError())
+    pool.loading[0] = ref = Ref()
+    settle(dispatcher)  # which listens
+    pool.loading.clear()
+    pool.gone.add(0)
+    pool.failure = RunError("nobody is left")
+    ref.future_.set_exception(ActorDiedError())
+    with pytest.raises(RunError, match="nobody is left"):
+        dispatcher.wait(0)
