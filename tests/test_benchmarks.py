@@ -40,13 +40,14 @@ def check_form(report):
 def test_a_workload_with_and_without_frameworks(tmp_path):
     report, text = run(tmp_path, "--only", "W2")
     check_form(report)
-    rows = {row["against"]: row for row in report["rows"]}
+    rows = {row["against"]: row for row in report["rows"] if row["workload"] == "W2"}
     assert set(rows) == {"stock Flower", "bare loop in 2 processes", "pfl-research"}
     assert rows["stock Flower"]["ratio"] > 0 and rows["bare loop in 2 processes"]["ratio"] > 0
     if report["versions"]["pfl"] is None:
         assert rows["pfl-research"]["met"] is None and "not installed" in rows["pfl-research"]["note"]
     scenario = report["sides"]["W2/scenario"]
     assert len(scenario["seconds"]) == 2 and scenario["start"][0] > 0 and scenario["others"][0] >= 0
+    assert report["sides"]["W2/together"]["trainer"] == "vectorised"
     assert "stock Flower" in text
 
 
