@@ -34,16 +34,19 @@ if TYPE_CHECKING:
 FEW, MORE = 1, 4
 """Steps of the two runs from which follows what a step takes, and what a client takes beside its steps."""
 
-MARGIN_CPU, MARGIN_GPU = 1.5, 1.2
-"""How many times as fast the vectorised trainer must be to be chosen: bits depend on it, and noise must not decide. On
-CPUs it is measured alone, and stacked weights lose more than others when all workers share caches and memory."""
+MARGIN = 1.2
+"""How many times as fast the vectorised trainer must be to be chosen: bits depend on it, and noise must not decide."""
 
 AGAIN, SECONDS, CLEAR = 3, 0.1, 2.0
 """Trainers are compared so often while it takes less than so many seconds, and none is so many times as fast as the
 other; the best time of each counts."""
 
 WIDTH = 16
-"""Clients in the cohort from which follows what a vectorised client takes of a GPU's memory."""
+"""Clients in the cohort from which follows what a vectorised client takes of a GPU's memory; on CPUs, most clients with
+which trainers are compared."""
+
+WIDEST = 32
+"""Clients in a cohort beyond which those that are computed as one on a CPU gain little."""
 
 GPU_CONTEXT = 600 << 20
 """Memory that a process takes of a GPU before it allocates any (kernels, handles of libraries)."""
@@ -258,7 +261,7 @@ class _Preflight:
             return "sequential", ""
         if not able:
             return "sequential" if asked == "auto" else asked, why
-        width = self.scenario.system.cohort or (WIDTH if self.on_gpu else -(-self.selected // COHORTS))
+        width = self.scenario.system.cohort or (WIDTH if self.on_gpu else min(WIDTH, self._wide() or self._usual()))
         if self.on_gpu or asked == "vectorised":  # memory must be known before the width can be chosen
             for group in able:
                 self._measure_cohort(group, min(width, group.clients), ["vectorised"])
@@ -280,7 +283,7 @@ class _Preflight:
             sum(cost.clients * cost.seconds for cost in self._costs(trainer))
             for trainer in ("sequential", "vectorised")
         )
-        if one_by_one > (MARGIN_GPU if self.on_gpu else MARGIN_CPU) * together:
+        if one_by_one > MARGIN * together:
             return "vectorised", f": {span(together)} of work in a round, sequential {span(one_by_one)}"
         return "sequential", f": {span(one_by_one)} of work in a round, vectorised {span(together)}"
 
@@ -292,10 +295,27 @@ class _Preflight:
             batched=trainer == "vectorised" and any("vectorised" in group.took for group in self.groups),
             workers=1 if inline else system.workers,
             gpu_fraction=0.0 if inline else system.gpu_fraction,
-            cohort=system.cohort,
+            cohort=system.cohort or (self._wide() if trainer == "vectorised" else 0),
             host_bytes=self.held_host,
             gpu_bytes=self.held_gpu + (GPU_CONTEXT if self.on_gpu else 0),
         )
+
+    def _usual(self) -> int:
+        """Return the width that cohorts have if nobody sets it: it depends on the selection alone."""
+        return -(-self.selected // COHORTS)
+
+    def _wide(self) -> int:
+        """Return the width of cohorts on CPUs if the vectorised trainer is chosen here; 0 = the usual one.
+
+        Computed as one, many clients take less than a few; but each worker must get two cohorts of a round. Whoever
+        asks for that trainer gets the usual width, and the same bits with any number of workers.
+        """
+        usual, system = self._usual(), self.scenario.system
+        if self.on_gpu or system.trainer != "auto" or usual == 1:
+            return 0
+        workers = (system.workers or sum(int(node.cpus) for node in self.nodes)) if self.grid.workers else 1
+        width = min(WIDEST, -(-self.selected // (2 * workers)))
+        return width if width > usual else 0
 
     def _costs(self, trainer: str) -> list[Cost]:
         """Return what clients take with a trainer; those it cannot train are trained one by one."""

@@ -109,7 +109,7 @@ class FedMD(OutputExchange):
     year: ClassVar[int] = 2019
     requires: ClassVar[frozenset[str]] = frozenset({"proxy", "proxy-labels"})
     distils_on: ClassVar[Literal["", "clients", "server", "both"]] = "clients"
-    server_data: ClassVar[str] = "labels of the proxy set, to draw from every class alike"
+    server_data: ClassVar[str] = "labels of the proxy set, to draw from every class its share"
     client_data: ClassVar[str] = "the proxy set; its labels once, before round 1"
     travels_up: ClassVar[str] = "proxy-outputs: 4·|P_r|·C + 4·|P_r| (ids)"
     travels_down: ClassVar[str] = (

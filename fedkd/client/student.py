@@ -84,7 +84,7 @@ class Student:
     public : Tensor, optional
         Samples of the proxy set that are learnt together with the client's own in this round, int64 [n].
     beside : int
-        Public samples that are added to the private batch of each step, which stays what it is without them; 0 = all
+        Public samples that are added to the private batch of each step, whose samples are those without them; 0 = all
         of them are shuffled among the private ones.
     tally : dict of str to Tensor
         Sums over the steps of this round, from the method's `observe`.

@@ -60,6 +60,8 @@ class ArrayData:
         Per channel on the 0..1 scale, with which images are normalised; empty leaves them on that scale.
     rows : np.ndarray or None
         Id i is row ``rows[i]`` of `x`; by default row i. Labels are already in the order of ids.
+    private : int or None
+        Ids below it are private samples, which may be augmented; the others never are. Default: all are.
 
     Examples
     --------
@@ -78,13 +80,14 @@ class ArrayData:
         mean: tuple[float, ...] = (),
         std: tuple[float, ...] = (),
         rows: np.ndarray | None = None,
+        private: int | None = None,
     ) -> None:
         self.x, self.kind, self.mean, self.std, self.rows = x, kind, tuple(mean), tuple(std), rows
         self._labels = None if y is None else np.asarray(y, dtype=np.int64)
         count = len(x) if rows is None else len(rows)
         if self._labels is not None and len(self._labels) != count:
             raise ValueError(f"{count} samples, but {len(self._labels)} labels")
-        self._count = count
+        self._count, self.private = count, count if private is None else private
         self._copies: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._affine: dict[tuple[torch.device, int, int], tuple[Tensor, Tensor]] = {}
 
@@ -130,7 +133,7 @@ class ArrayData:
         channels_last : bool
             Memory layout of image batches.
         augment : "none", "flip" or "crop-flip"
-            Random changes to images, see `augment_images`.
+            Random changes to private images, see `augment_images`; numbers are drawn for the others too.
         generator : torch.Generator or sequence of them
             Random numbers of the augmentation; required with it. Of several, each has an equal part of the batch,
             and draws what it would draw for that part alone.
@@ -163,7 +166,9 @@ class ArrayData:
         if x.ndim == 3:
             x = x.unsqueeze(-1)
         if augment != "none":
-            x = augment_images(x, augment, generator)
+            changed = augment_images(x, augment, generator)
+            whole = self.private >= len(self)
+            x = changed if whole else torch.where((where < self.private).view(-1, 1, 1, 1), changed, x)
         return Batch(self._normalise(x, channels_last), y, where)
 
     def ids_on(self, ids: np.ndarray | Tensor, device: torch.device) -> Tensor:

@@ -12,7 +12,9 @@ from fedkd.data.batches import ArrayData
 
 @lru_cache(maxsize=4)
 def joined(first: ArrayData, second: ArrayData) -> ArrayData:
-    """Return the samples of two sets as one; those of the second come after the first's, and have no labels.
+    """Return the samples of two sets as one; those of the second come after the first's.
+
+    They have no labels, and are public: never augmented.
 
     Parameters
     ----------
@@ -32,7 +34,7 @@ def joined(first: ArrayData, second: ArrayData) -> ArrayData:
     if first.labels is not None:
         labels[: len(first)] = first.labels
     rows: Any = _Rows(first, second)
-    return ArrayData(rows, labels, kind=first.kind, mean=first.mean, std=first.std)
+    return ArrayData(rows, labels, kind=first.kind, mean=first.mean, std=first.std, private=len(first))
 
 
 class _Rows:

@@ -69,7 +69,7 @@ class Distiller:
     optimizer : str
         ``adam`` or ``sgd``, fresh in every `fit` unless its state is carried from one to the next.
     lr : float
-        Learning rate of the first step.
+        Learning rate from which the schedule starts.
     momentum : float
         Momentum of SGD, in [0, 1).
     weight_decay : float

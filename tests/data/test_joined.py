@@ -50,6 +50,18 @@ def test_the_same_two_are_joined_once():
     assert joined(first, second) is not joined(second, first)
 
 
+def test_images_of_the_second_are_never_augmented():
+    first, second = images(4, 0), images(3, 1)
+    both, ids = joined(first, second), np.array([0, 5, 3, 4])
+    generator = torch.Generator().manual_seed(0)
+    draws = [both.gather(ids, augment="crop-flip", generator=generator).x for _ in range(8)]
+    plain = both.gather(ids).x
+    for row, is_private in enumerate([True, False, True, False]):
+        assert any(not torch.equal(x[row], plain[row]) for x in draws) == is_private
+    again = first.gather(ids % 4, augment="crop-flip", generator=torch.Generator().manual_seed(0)).x
+    assert torch.equal(draws[0][[0, 2]], again[[0, 2]])  # changed as ever
+
+
 @pytest.mark.parametrize(("kind", "dtype"), [("tokens", np.uint16), ("vector", np.float32)])
 def test_other_kinds(kind, dtype):
     first, second = (ArrayData(np.full((3, 4), value, dtype), kind=kind) for value in (1, 2))

@@ -72,6 +72,13 @@ def test_on_the_server_alpha_weighs_the_cross_entropy():
     assert float(loss) == pytest.approx(kl.mean() + 0.5 * ce.mean())
 
 
+def test_preset_code_has_a_server_that_learns_from_labels_alone():
+    tail, client, labels, _, ce = numbers(2, 3.0)
+    method = FedGKT(alpha=0.5, **FedGKT.presets["code"])
+    assert float(method.server_loss(tail, client, labels)) == pytest.approx(ce.mean())
+    assert method.temperature == 3
+
+
 def test_the_servers_loss_for_bf16_logits_is_computed_in_float32():
     tail, client, labels = (each[None] for each in (torch.tensor([1.0, -2.0, 3.0]), torch.zeros(3), torch.tensor(1)))
     loss = FedGKT(alpha=0.5, temperature=1.0).server_loss(tail.bfloat16(), client, labels)
