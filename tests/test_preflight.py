@@ -253,7 +253,7 @@ def steady(ratio, memory=10 * MB):
     return takes
 
 
-@pytest.mark.parametrize(("ratio", "chosen"), [(0.5, "sequential"), (1.15, "sequential"), (1.25, "vectorised")])
+@pytest.mark.parametrize(("ratio", "chosen"), [(0.5, "sequential"), (1.45, "sequential"), (1.55, "vectorised")])
 def test_the_vectorised_trainer_must_be_faster_by_a_margin(small, ratio, chosen):
     report, calls = look(alike(small), steady(ratio))
     assert report.scenario.system.trainer == chosen
@@ -341,7 +341,7 @@ def test_a_gpu_is_shared_by_two_wide_cohorts(small):
 
 
 @pytest.mark.parametrize(("ratio", "chosen"), [(1.15, "sequential"), (1.25, "vectorised")])
-def test_the_margin_on_a_gpu_is_the_same(small, ratio, chosen):
+def test_on_a_gpu_a_smaller_margin_is_enough(small, ratio, chosen):
     report, _ = look(alike(small), steady(ratio), machines=[Node(8, 1, 20 * 1000 * MB)], workers=1)
     assert report.scenario.system.trainer == chosen
 
