@@ -8,6 +8,8 @@ from fedkd.client import trainer
 from fedkd.client.runtime import Runtime
 from fedkd.errors import KnowledgeError
 from fedkd.payloads import Weights
+from fedkd.students import build_student
+from fedkd.threads import one_thread
 
 
 def students(scenario, count=2):
@@ -152,6 +154,27 @@ def test_a_teacher_has_the_buffers_that_its_student_had(small):
     trainer.learn(one, runtime.local, {})
     assert torch.equal(teacher(x).logits, before)
     assert "body.stages.0.1.running_mean" in teacher.state
+
+
+@pytest.mark.parametrize("buffers", ["all", "params_only"])
+def test_a_teacher_answers_as_a_model_in_evaluation_mode_and_stands_still(small, buffers):
+    images = {"classes": 4, "train": 200, "test": 40, "shape": [8, 8]}
+    models = {"student": "cnn", "norm": "batch", "buffers": buffers, "options": {"width": 0.25}}
+    scenario = small("fedavg", models=models, data__options=images, client__steps=3)
+    runtime, (one, _) = students(scenario)
+    with one_thread():
+        trainer.learn(one, runtime.local, {})  # running statistics are no longer those of the start
+    alone = build_student(scenario, runtime.federation.dataset, "cnn").eval()
+    alone.load_state_dict({name: tensor.clone() for name, tensor in one.state.items()})
+    teacher, x = one.teach(one.weights()), one.data.gather(one.shard.train[:8]).x
+    before = {name: tensor.clone() for name, tensor in teacher.state.items()}
+    one.model.train()
+    whole = teacher(x).logits
+    torch.testing.assert_close(teacher(x[:3]).logits, whole[:3])  # who else is in the batch means nothing
+    with torch.no_grad():
+        torch.testing.assert_close(whole, alone(x).logits)
+    assert teacher.state.keys() == before.keys() == alone.state_dict().keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state.items())
 
 
 def test_a_hook_is_heard_from_the_next_training_on(small):

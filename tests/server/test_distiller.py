@@ -124,6 +124,7 @@ def test_defaults_are_those_of_feddf() -> None:
     d = Distiller(reduction="batchmean", t_squared=False)
     assert (d.optimizer, d.lr, d.schedule, d.steps, d.clip) == ("adam", 1e-3, "cosine", 10_000, 5.0)
     assert (d.check_every, d.patience, d.returns, d.kind, d.temperature) == (100, 1_000, "best", "kl", 1.0)
+    assert d.norm_buffers == "train"  # statistics of BatchNorm move to the proxy set
     with pytest.raises(TypeError):
         Distiller()  # type: ignore[call-arg]
 

@@ -48,6 +48,12 @@ class Tap:
         """Return what passed in messages of a type in a round, by client."""
         return [each for each in self.seen if (each.round, each.kind) == (round, kind)]
 
+    def models(self):
+        """Return the bytes of each client's model after its last message in every round."""
+        return {
+            (each.round, each.client): {n: t.numpy().tobytes() for n, t in each.after.items()} for each in self.seen
+        }
+
 
 @pytest.fixture
 def tap_of():

@@ -118,16 +118,25 @@ def test_it_resumes_with_statistics_that_do_not_travel(small, resumes):
 # --- local ------------------------------------------------------------------------------------------------------
 
 
-def test_local_is_fd_with_gamma_zero_to_the_bit(small, federate):
-    _, alone = federate(small("local"))
-    _, fd = federate(small({"name": "fd", "gamma": 0.0}))
+@pytest.mark.parametrize("trainer", ["sequential", "vectorised"])
+def test_local_is_fd_with_gamma_zero_to_the_bit(small, federate, tap_of, trainer):
+    own, taught, slight = tap_of(), tap_of(), tap_of()
+    settings = {"system__trainer": trainer, "system__cohort": 6}
+    _, alone = federate(small("local", **settings), mods=[own])
+    _, fd = federate(small({"name": "fd", "gamma": 0.0}, **settings), mods=[taught])
+    federate(small({"name": "fd", "gamma": 1e-3}, **settings), mods=[slight])
+    assert own.models() == taught.models() != slight.models()
     assert [e["predictors"] for e in rounds_of(alone)] == [e["predictors"] for e in rounds_of(fd)]
     assert {e["whose"] for e in rounds_of(alone)} == {"clients"}
 
 
-def test_with_one_client_local_is_fedavg(small, federate):
-    _, alone = federate(small("local", **ONE_CLIENT))
-    _, fedavg = federate(small("fedavg", **ONE_CLIENT))
+def test_with_one_client_local_is_fedavg(small, federate, tap_of):
+    tap = tap_of()
+    _, alone = federate(small("local", **ONE_CLIENT), mods=[tap])
+    server, fedavg = federate(small("fedavg", **ONE_CLIENT))
+    own = tap.of(3)[0].after
+    assert own.keys() == server.students["mlp"].keys()
+    assert all(torch.equal(tensor, server.students["mlp"][name]) for name, tensor in own.items())
     assert [e["accuracy"] for e in rounds_of(alone)] == [e["accuracy"] for e in rounds_of(fedavg)]
     assert [e["train"] for e in rounds_of(alone)] == [e["train"] for e in rounds_of(fedavg)]
 

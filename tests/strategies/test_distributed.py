@@ -155,11 +155,15 @@ def test_every_reference_sample_is_drawn_to_the_estimate_of_its_own(small, feder
             torch.testing.assert_close(each.after[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_rho_zero_is_local_training_and_a_positive_one_is_not(small, federate):
-    def clients(strategy):
-        return [e["predictors"]["clients"] for e in rounds_of(federate(small(strategy, **EVERYBODY))[1])]
+def test_rho_zero_is_local_training_and_a_positive_one_is_not(small, federate, tap_of):
+    def models(strategy):
+        tap = tap_of()
+        federate(small(strategy, **EVERYBODY), mods=[tap])
+        return tap.models()
 
-    assert clients(method(rho=0.0)) == clients({"name": "fd", "gamma": 0.0}) != clients(method(rho=5.0))
+    alone = models("local")
+    assert models(method(rho=0.0)) == alone != models(method(rho=1e-3))
+    assert len(alone) == 3 * N
 
 
 def test_private_batches_stay_what_they_are_without_reference_samples(small, federate):

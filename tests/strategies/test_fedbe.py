@@ -6,6 +6,7 @@ import torch
 
 from fedkd import run
 from fedkd.errors import ScenarioError
+from fedkd.payloads import Weights
 
 FAST = {"name": "fedbe", "samples": 3, "epochs": 2, "batch_size": 16, "swa_start": 2, "swa_every": 2}
 IMAGES = {"classes": 4, "train": 160, "test": 40, "shape": [8, 8]}
@@ -70,6 +71,42 @@ def test_the_average_is_weighted_by_examples_and_so_are_the_samples(small, feder
     torch.testing.assert_close(outputs.double(), watched.teachers[1])
 
 
+def test_steps_are_taken_from_the_model_that_was_sent_to_the_clients(small, federate, watched, tap_of):
+    tap = tap_of()
+    strategy, _ = federate(small(FAST | {"sampling": "steps"}, run__rounds=2), mods=[tap])
+    start = tap.of(2)[0].down.get(Weights).state
+    uploads = [passed.up.get(Weights).state for passed in tap.of(2)]
+    assert all(torch.equal(passed.down.get(Weights).state[n], t) for passed in tap.of(2) for n, t in start.items())
+    assert any(not torch.equal(t, strategy.server.initial("mlp")[n]) for n, t in start.items())
+
+    noise = torch.Generator().manual_seed(int(strategy.rng().integers(2**63)))
+    for drawn in watched.teachers[1:4]:
+        sample = {}
+        for name, began in start.items():
+            steps = torch.stack([state[name].double() - began.double() for state in uploads])
+            lengths = steps.flatten(1).norm(dim=1)
+            directions = steps / lengths.view(-1, *[1] * began.ndim)
+            deviation = directions.var(0, correction=0).clamp(min=1e-5).sqrt()
+            random = torch.randn(began.shape, generator=noise, dtype=torch.float64)
+            moved = directions.mean(0) + 0.1 * deviation * random
+            sample[name] = (began.double() + lengths.mean() * moved).float()
+        outputs = strategy.server.predict("mlp", sample, strategy.server.proxy.data)
+        torch.testing.assert_close(outputs.double(), drawn, rtol=0, atol=1e-5)
+
+
+def test_mixtures_are_drawn_with_the_concentration_that_is_set(small, federate, watched):
+    strategy, _ = federate(small(FAST | {"sampling": "dirichlet", "alpha": 0.3}, run__rounds=1))
+    counts, states = zip(*watched.uploads, strict=True)
+    for gamma, drawn in zip(strategy.rng().dirichlet([0.3] * 4, size=3), watched.teachers[1:4], strict=True):
+        sample = {}
+        for name in states[0]:
+            x = np.stack([state[name].double().numpy() for state in states])
+            mixed = np.average(x, axis=0, weights=gamma * np.array(counts))
+            sample[name] = torch.from_numpy(mixed).float()
+        outputs = strategy.server.predict("mlp", sample, strategy.server.proxy.data)
+        torch.testing.assert_close(outputs.double(), drawn, rtol=0, atol=1e-5)
+
+
 def test_clients_alone_without_sharpening_are_feddf_with_probabilities(small, federate, watched, monkeypatch):
     alone = FAST | {"samples": 0, "with_average": False, "exponent": 1.0}
     federate(small(alone, run__rounds=1))
@@ -80,11 +117,50 @@ def test_clients_alone_without_sharpening_are_feddf_with_probabilities(small, fe
     torch.testing.assert_close(watched.targets, other.targets, atol=1e-7, rtol=0)
 
 
-def test_sampling_disturbs_nobody_else(small, federate, watched):
-    federate(small(FAST, run__rounds=1))
-    with_samples = watched.average["mlp"]
-    plain = federate(small("fedavg", run__rounds=1))[0].students["mlp"]
-    assert all(torch.equal(tensor, plain[name]) for name, tensor in with_samples.items())
+@pytest.mark.parametrize("sampling", ["gaussian", "dirichlet", "steps"])
+def test_sampling_disturbs_nobody_else(small, federate, tap_of, monkeypatch, sampling):
+    from fedkd.client.task import Task
+    from fedkd.server import distiller
+
+    stream, epoch_order = Task.stream, distiller.epoch_order
+
+    def run(samples):
+        tap, batches, order = tap_of(), {}, []
+
+        def private(task):
+            for batch in stream(task):
+                batches.setdefault((task.student.round, task.student.partition_id), []).append(batch)
+                yield batch
+
+        def public(*arguments, **options):
+            made = list(epoch_order(*arguments, **options))
+            order.extend(made)
+            return made
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Task, "stream", private)
+            patch.setattr(distiller, "epoch_order", public)
+            method = FAST | {"sampling": sampling, "samples": samples}
+            scenario = small(method, **BN, data__augment="crop-flip", system__trainer="sequential", run__rounds=2)
+            strategy, events = federate(scenario, mods=[tap])
+        assert len(strategy.drawn) == 1 + samples
+        selected = [event["clients"] for event in events if event["event"] == "started"]
+        uploads = {passed.client: passed.up.get(Weights).state for passed in tap.of(1)}
+        return selected, batches, order, uploads, strategy.students["cnn"]
+
+    selected, batches, order, uploads, student = run(samples=0)
+    same_selected, same_batches, same_order, same_uploads, other_student = run(samples=3)
+    assert selected == same_selected and len(selected) == 2
+    trained = {(round, client) for round, chosen in enumerate(selected, 1) for client in chosen}
+    assert batches.keys() == same_batches.keys() == trained
+    for key, seen in batches.items():  # augmented samples, labels and ids
+        for one, two in zip(seen, same_batches[key], strict=True):
+            assert all(map(torch.equal, one, two))
+    assert len(order) == 2 * 2 * 4 and all(map(np.array_equal, order, same_order))
+    assert uploads.keys() == same_uploads.keys() == set(selected[0])
+    for client, state in uploads.items():
+        assert all(torch.equal(tensor, same_uploads[client][name]) for name, tensor in state.items())
+    assert not torch.equal(student["head.weight"], other_student["head.weight"])  # samples do teach
 
 
 def test_the_student_is_the_mean_of_snapshots(small, federate, monkeypatch):

@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 import torch
 
+from fedkd import models
 from fedkd.errors import ScenarioError
 from fedkd.losses.response import kd
+from fedkd.payloads import Weights
 from fedkd.server.members import StoredMember
 from fedkd.server.weighting import above_outliers
 from strategies.feddf import FedDF
+
+IMAGES = {"classes": 4, "train": 200, "test": 40, "shape": [8, 8]}
 
 
 def rounds_of(events):
@@ -153,6 +157,67 @@ def test_a_distillation_by_hand(distilled, linear_case, adam):
     assert min(norms) < 1 and max(norms) > 10  # clipping matters, and the size of the loss with it
     torch.testing.assert_close(student, weights.detach(), rtol=0, atol=1e-7)
     assert (report["loss_first"], report["loss_last"]) == pytest.approx((losses[0], losses[-1]), rel=1e-6)
+
+
+def test_every_architecture_is_distilled_from_the_uploads_of_all(small, federate, tap_of, monkeypatch):
+    from fedkd.server.distiller import Distiller
+
+    told, fit, tap = [], Distiller.fit, tap_of()
+
+    def watch(distiller, model, data, targets, **options):
+        arch = "cnn" if any(isinstance(module, torch.nn.Conv2d) for module in model.modules()) else "mlp"
+        told.append((arch, targets))
+        return fit(distiller, model, data, targets, **options)
+
+    monkeypatch.setattr(Distiller, "fit", watch)
+    changes = {"models__student": ["mlp", "cnn"], "models__options": {}, "data__options": IMAGES}
+    scenario = small({"name": "feddf", "steps": 1}, **changes, run__rounds=1, run__participation=1.0)
+    strategy, _ = federate(scenario, mods=[tap])
+    x = strategy.server.proxy.data.gather(torch.arange(60)).x
+
+    outputs = []
+    for sent in (passed.up.get(Weights) for passed in tap.of(1)):
+        model = models.build(sent.arch, num_classes=4, input_shape=(1, 8, 8), kind="image").eval()
+        model.load_state_dict(sent.state)
+        with torch.no_grad():
+            outputs.append((sent.arch, model(x).logits))
+    of = {arch: torch.stack([z for its, z in outputs if its == arch]) for arch in ("mlp", "cnn")}
+    assert len(of["mlp"]) == len(of["cnn"]) == 3 and sorted(arch for arch, _ in told) == ["cnn", "mlp"]
+    mean = torch.cat([of["mlp"], of["cnn"]]).mean(0)
+    for _, targets in told:
+        assert targets.space == "logits" and targets.ids.tolist() == list(range(60))
+        torch.testing.assert_close(targets.values, mean, rtol=0, atol=1e-4)
+    assert all(float((its.mean(0) - mean).abs().max()) > 1e-2 for its in of.values())
+
+
+def test_a_student_s_running_statistics_move_to_the_proxy_set(small, federate, monkeypatch):
+    averages, distill = [], FedDF.distill
+
+    def watch(method):
+        averages.append(dict(method.students["cnn"]))
+        distill(method)
+
+    monkeypatch.setattr(FedDF, "distill", watch)
+    changes = {"models__student": "cnn", "models__options": {"width": 0.25}, "models__norm": "batch"}
+    method = {"name": "feddf", "steps": 1, "batch_size": 60}  # the whole proxy set at once
+    strategy, _ = federate(small(method, **changes, data__options=IMAGES, run__rounds=1))
+    [average], student = averages, strategy.students["cnn"]
+    first = "body.stages.0.0.weight"
+    maps = torch.conv2d(strategy.server.proxy.data.gather(torch.arange(60)).x, average[first], padding=1)
+
+    for name, of_batch in {"running_mean": maps.mean((0, 2, 3)), "running_var": maps.var((0, 2, 3))}.items():
+        before = average[f"body.stages.0.1.{name}"]
+        torch.testing.assert_close(student[f"body.stages.0.1.{name}"], 0.9 * before + 0.1 * of_batch)
+        assert float((before - of_batch).abs().max()) > 1e-3
+
+
+def test_preset_code_weighs_uniformly_and_takes_the_batches_of_the_released_code(small):
+    from fedkd import plugins
+
+    paper = plugins.make_strategy(small("feddf"))
+    code = plugins.make_strategy(small({"name": "feddf", "preset": "code"}))
+    assert (paper.weighting, paper.batch_size) == ("examples", 128)
+    assert (code.weighting, code.batch_size) == ("uniform", 64)
 
 
 @pytest.mark.parametrize("option", ["drop_worst", "drop_outliers", "compare_start"])

@@ -15,6 +15,8 @@ from fedkd.server.generation import Generated
 from strategies.fedftg import FedFTG
 
 FAST = {"name": "fedftg", "iterations": 2, "batch_size": 12, "noise": 6, "width": 8}
+IMAGES = {"classes": 4, "train": 160, "test": 40, "shape": [8, 8]}
+BN = {"models__student": "cnn", "models__options": {"width": 0.25}, "models__norm": "batch", "data__options": IMAGES}
 LN3 = math.log(3)
 
 
@@ -144,10 +146,8 @@ class LinearGenerator(Generator):
         return self.map(self.norm(torch.cat([noise, torch.eye(3)[labels]], dim=1)))
 
 
-def test_two_iterations_by_hand(adam):
-    clients, average, generator = [Linear(1).eval(), Linear(2).eval()], Linear(3), LinearGenerator()
-    student, made = copy.deepcopy(average), copy.deepcopy(generator)
-    method = FedFTG(iterations=2, student_steps=3, batch_size=7, lambda_cls=0.7, lambda_dis=2.0)
+def fine_tune(method, average, generator, clients, counts):
+    """Let a method fine-tune an average in round 3, with two clients that have so many samples of each class."""
     method.server = SimpleNamespace(  # type: ignore[assignment]
         seed=0,
         device=torch.device("cpu"),
@@ -156,13 +156,31 @@ def test_two_iterations_by_hand(adam):
         state_of=lambda model: model.state_dict(),
     )
     method.generator, method.round, method.distilled = generator, 3, {}
-    method.counts = {4: torch.tensor([6, 1, 0]), 8: torch.tensor([2, 3, 4])}
+    method.counts = {p: torch.tensor(count) for p, count in zip((4, 8), counts, strict=True)}
     method.members = [  # type: ignore[assignment]
         SimpleNamespace(partition_id=p, arch="linear", state=client.state_dict())
         for p, client in zip((4, 8), clients, strict=True)
     ]
     method.students = {"linear": average.state_dict()}
     method.distill()
+
+
+def test_labels_are_drawn_like_the_samples_of_the_selected_clients():
+    generator = LinearGenerator()
+    method = FedFTG(iterations=4, student_steps=1, batch_size=600)
+    fine_tune(method, Linear(3), generator, [Linear(1).eval(), Linear(2).eval()], [[9, 1, 0], [1, 4, 0]])
+
+    labels = torch.cat([y for _, y in generator.seen[::3]])  # twice a client's turn and once the average's
+    assert labels.shape == (4 * 600,)
+    shares = labels.bincount(minlength=3).double() / len(labels)
+    assert shares.tolist() == pytest.approx([10 / 15, 5 / 15, 0], abs=0.03) and float(shares[2]) == 0
+
+
+def test_two_iterations_by_hand(adam):
+    clients, average, generator = [Linear(1).eval(), Linear(2).eval()], Linear(3), LinearGenerator()
+    student, made = copy.deepcopy(average), copy.deepcopy(generator)
+    method = FedFTG(iterations=2, student_steps=3, batch_size=7, lambda_cls=0.7, lambda_dis=2.0)
+    fine_tune(method, average, generator, clients, [[6, 1, 0], [2, 3, 4]])
 
     # Twice a step for each client and samples for the average, of the same noise and labels.
     assert len(generator.seen) == 2 * (2 + 1) and method.distilled["linear"]["steps"] == 2 * 3
@@ -202,9 +220,12 @@ def test_two_iterations_by_hand(adam):
 
 @pytest.mark.parametrize("buffers", ["all", "params_only"])
 def test_without_iterations_it_is_fedavg(small, federate, buffers):
-    idle, _ = federate(small(FAST | {"iterations": 0}, models__buffers=buffers))
-    plain, _ = federate(small("fedavg", models__buffers=buffers))
-    assert all(torch.equal(t, plain.students["mlp"][n]) for n, t in idle.students["mlp"].items())
+    idle, _ = federate(small(FAST | {"iterations": 0}, **BN, models__buffers=buffers))
+    plain, _ = federate(small("fedavg", **BN, models__buffers=buffers))
+    expected = plain.students["cnn"]
+    assert idle.students["cnn"].keys() == expected.keys()
+    assert ("body.stages.0.1.running_mean" in expected) == (buffers == "all")
+    assert all(torch.equal(t, expected[n]) for n, t in idle.students["cnn"].items())
 
 
 def test_one_client_has_nothing_to_teach(small, federate, monkeypatch):

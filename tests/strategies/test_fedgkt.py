@@ -330,11 +330,16 @@ def test_measured_bytes_are_the_formulas(small, federate):
     assert one["train"]["kd"] == 0 < two["train"]["kd"]
 
 
-def test_with_alpha_zero_clients_train_alone(small, federate):
-    _, zero = federate(small({**METHOD, "alpha": 0.0}, **IMAGES))
-    _, alone = federate(small({"name": "fd", "gamma": 0.0}, **IMAGES))
-    of = lambda events: [e["predictors"]["clients"] for e in rounds_of(events)]  # noqa: E731
-    assert of(zero) == of(alone)
+def test_with_alpha_zero_clients_train_alone(small, federate, tap_of):
+    def models(strategy):
+        tap = tap_of()
+        federate(small(strategy, **IMAGES, client__steps=2), mods=[tap])
+        return tap.models()
+
+    method = {**METHOD, "server_epochs": 1}
+    alone, zero, slight = models("local"), models({**method, "alpha": 0.0}), models({**method, "alpha": 1e-3})
+    assert zero == alone != slight
+    assert len(alone) == 3 * 4  # rounds, clients in each
 
 
 @pytest.mark.parametrize("order", ["by-client", "mixed"])

@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Context, RecordDict
@@ -13,7 +14,7 @@ from fedkd.client.runtime import Runtime
 from fedkd.client.trainer import learn
 from fedkd.data.batches import Batch
 from fedkd.models import Outputs
-from fedkd.payloads import ClassOutputs, Knowledge, ProxyOutputs, Weights
+from fedkd.payloads import ClassOutputs, ClassWeights, Knowledge, ProxyOutputs, Weights
 from strategies.dsfl import DSFL
 from strategies.fd import FD, ClassMeans
 from strategies.fedgkd import FedGKD, GlobalDistillation
@@ -284,6 +285,41 @@ def test_fedgkd_teacher_is_the_mean_of_the_last_m_averages(small, federate):
         torch.testing.assert_close(tensor.double(), expected, atol=1e-7, rtol=0)
 
 
+EXAMPLES = ["fedavg", "fedprox", "fedntd", "fedcad", "fedssd", "feddf", "fedbe", "fedftg"]
+UNIFORM = ["fedgkd", "fedgkd_vote", "fedaux"]
+
+
+@pytest.mark.parametrize(
+    ("method", "uniform"),
+    [
+        *(({"name": name}, False) for name in EXAMPLES),
+        *(({"name": name}, True) for name in UNIFORM),
+        ({"name": "feddf", "preset": "code"}, True),
+        ({"name": "fedavg", "weighting": "uniform"}, True),
+        ({"name": "fedbe", "weighting": "uniform"}, True),
+        ({"name": "fedgkd", "weighting": "examples"}, False),
+    ],
+    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else None,
+)
+def test_the_server_averages_uploads_with_the_weights_of_the_method(
+    small, federate, tap_of, fast, needs, monkeypatch, method, uniform
+):
+    everybody = {"run__rounds": 1, "run__participation": 1.0, **needs(method["name"])}
+    scenario, tap = small(fast(method["name"]) | method, **everybody), tap_of()
+    monkeypatch.setattr(type(plugins.make_strategy(scenario)), "distill", lambda self: None)
+    strategy, _ = federate(scenario, mods=[tap])
+
+    uploads = [passed.up.get(Weights).state for passed in tap.of(1)]
+    counts = [len(shard.train) for shard in strategy.server.federation.shards]
+    assert len(uploads) == len(counts) == 6
+    for name, tensor in strategy.students["mlp"].items():
+        x = np.stack([state[name].double().numpy() for state in uploads])
+        means = [x.mean(0), np.average(x, axis=0, weights=counts)]
+        right, wrong = means if uniform else means[::-1]
+        np.testing.assert_allclose(tensor.numpy(), right, rtol=0, atol=1e-6)
+        assert np.abs(tensor.numpy() - wrong).max() > 1e-3
+
+
 def filled(strategy, value, **kind):
     """Return weights of the mlp that are all the same."""
     return Weights({name: torch.full_like(t, value) for name, t in strategy.students["mlp"].items()}, "mlp", **kind)
@@ -324,6 +360,24 @@ def test_fedgkd_distils_from_the_mean_that_was_sent(at_a_client, buffer, round, 
     assert is_filled(student.state, 0.25)
     assert len(student.teachers) == len(taught)
     assert all(is_filled(teacher.state, value) for teacher, value in zip(student.teachers, taught))
+
+
+@pytest.mark.parametrize("round", [1, 3])
+@pytest.mark.parametrize("name", ["fedntd", "fedcad", "fedssd"])
+def test_the_model_received_teaches_and_does_not_learn(at_a_client, needs, name, round):
+    local, strategy, student = at_a_client(name, round, **needs(name))
+    sent = [filled(strategy, 0.25)]
+    if name != "fedntd":
+        sent.append(ClassWeights(torch.ones(4)))
+    aux = local.absorb(student, Knowledge.of(*sent))
+    assert is_filled(student.state, 0.25)
+    (teacher,) = student.teachers
+    assert is_filled(teacher.state, 0.25)
+    before = teacher(student.data.gather(student.shard.train).x).logits.clone()
+    learn(student, local, aux)
+    assert not is_filled(student.state, 0.25) and is_filled(teacher.state, 0.25)
+    after = teacher(student.data.gather(student.shard.train).x).logits
+    assert torch.equal(after, before) and not after.requires_grad
 
 
 @pytest.mark.parametrize("name", ["fedgkd", "fedgkd_vote"])
