@@ -310,7 +310,7 @@ _IDLE: dict[str, Any] = {
     "name": True,
     "label": True,
     "description": True,
-    "system": {"workers", "engine", "address", "gpu_fraction"},
+    "system": {"workers", "engine", "address", "gpu_fraction", "graphs"},
     "run": {"checkpoint_every"},
 }
 

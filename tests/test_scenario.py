@@ -253,6 +253,7 @@ def test_the_digest_ignores_what_cannot_change_a_result():
         {"description": "a"},
         {"system": {"workers": 3, "engine": "inline", "address": "auto", "gpu_fraction": 0.5}},
         {"run": {"checkpoint_every": 5}},
+        {"system": {"graphs": True}},  # which has the same bits
         {"partition": {"clients": 20}},  # the default, said aloud
     ]
     other = [
