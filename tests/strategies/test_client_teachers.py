@@ -11,8 +11,8 @@ from fedkd.payloads import ClassWeights, TeacherWeights, Weights
 from fedkd.seeds import Purpose, rng
 from fedkd.students import build_student
 
-THREE = {
-    "run__rounds": 3,
+FOUR = {
+    "run__rounds": 4,
     "run__participation": 0.5,
     "client__epochs": 2,
     "proxy__server_labels": 40,
@@ -80,7 +80,7 @@ CASES = [
 @pytest.mark.parametrize(("method", "teachers", "term"), CASES, ids=[case[0]["name"] for case in CASES])
 def test_a_clients_rounds_by_hand(small, federate, tap_of, descend, method, teachers, term, trainer):
     """From the model received: cross-entropy and the method's term, towards models that stay as they were sent."""
-    scenario, tap = small(method, **THREE, system__trainer=trainer), tap_of()
+    scenario, tap = small(method, **FOUR, system__trainer=trainer), tap_of()
     federate(scenario, mods=[tap])
     federation, seed = build_federation(scenario), scenario.run.seed
     train, everything = federation.train, np.arange(len(federation.train))
@@ -91,7 +91,7 @@ def test_a_clients_rounds_by_hand(small, federate, tap_of, descend, method, teac
         return model
 
     models = []  # global ones, the newest first
-    for round in (1, 2, 3):
+    for round in (1, 2, 3, 4):
         models.insert(0, tap.of(round)[0].down.get(Weights).state)
         with torch.no_grad():
             all_taught = [model_with(one)(train.gather(everything).x).logits for one in teachers(models)]
@@ -112,6 +112,6 @@ def test_a_clients_rounds_by_hand(small, federate, tap_of, descend, method, teac
             uploaded, expected = passed.up.get(Weights).state, trained(loss)
             for name, tensor in expected.items():
                 torch.testing.assert_close(uploaded[name], tensor, rtol=1e-4, atol=1e-5)
-            if round == 3:  # what is taught matters
+            if round == 4:  # what is taught matters
                 plain = trained(lambda z, rows, y: F.cross_entropy(z, y))
                 assert max(float((plain[name] - tensor).abs().max()) for name, tensor in expected.items()) > 1e-3
