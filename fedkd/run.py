@@ -19,30 +19,27 @@ import re
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from flwr.app import RecordDict
 
 from fedkd import plugins
 from fedkd.checkpoints import Checkpoints, restore
 from fedkd.checks import check, check_data
-from fedkd.client.handlers import make_app
 from fedkd.cluster import shared_engine
 from fedkd.data.federation import Federation, build_federation
 from fedkd.data.local import find_file
-from fedkd.engine import InlineGrid, Nodes, RayGrid
 from fedkd.engine.grid import SimulationGrid
-from fedkd.engine.placement import PER_GPU
 from fedkd.environment import environment
 from fedkd.errors import FedKDError, LostError, RunError, ScenarioError, errors_in
 from fedkd.files import plain, write_atomic
 from fedkd.garbage import spared
+from fedkd.grids import make_grid, planned_bytes, settle
 from fedkd.listening import Listener, Result
-from fedkd.preflight import Report, preflight
+from fedkd.preflight import preflight
 from fedkd.run_folder import (
     drop_partial_line,
     folder_of,
@@ -191,58 +188,6 @@ def _absolute(source: str, folder: str) -> str:
     return f"{kind}:{find_file(name, folder)}" if kind in ("npz", "file", "trace") else source
 
 
-def make_grid(
-    scenario: Scenario, federation: Federation, *, probe: bool = False, worker_bytes: int = 0
-) -> SimulationGrid:
-    """Return the engine that a scenario asks for, over the clients of a federation.
-
-    Parameters
-    ----------
-    scenario : Scenario
-        The resolved scenario. Without workers there is one for each CPU, or four share a GPU.
-    federation : Federation
-        Its clients.
-    probe : bool
-        Whether the grid is there to measure clients: where there are GPUs it is one worker with a whole one.
-    worker_bytes : int
-        Memory that a worker needs; 0 = not known.
-    """
-    nodes = Nodes(
-        partition_ids=torch.arange(federation.num_clients).numpy(),
-        archs=federation.archs,
-        num_examples=federation.sizes,
-    )
-    app_factory = partial(make_app, scenario)
-    if scenario.system.engine == "inline":
-        return InlineGrid(app_factory, nodes, cohort=scenario.system.cohort)
-    gpus = _gpus(scenario)
-    workers = scenario.system.workers or PER_GPU * gpus
-    share = scenario.system.gpu_fraction or (min(1.0, gpus / workers) if gpus else 0.0)
-    if probe and gpus:
-        workers, share = 1, 1.0
-    return RayGrid(
-        app_factory,
-        nodes,
-        cohort=scenario.system.cohort,
-        workers=workers,
-        gpus_per_worker=share,
-        worker_bytes=worker_bytes,
-        address=scenario.system.address,
-    )
-
-
-def _gpus(scenario: Scenario) -> int:
-    """Return the number of GPUs that clients may use, in the cluster where one is joined."""
-    if scenario.system.device == "cpu":
-        return 0
-    if scenario.system.engine == "ray":
-        import ray
-
-        if ray.is_initialized():
-            return int(ray.cluster_resources().get("GPU", 0))
-    return torch.cuda.device_count()
-
-
 # --- one run -------------------------------------------------------------------------------------------------
 
 
@@ -293,14 +238,14 @@ def _run_locked(
 
         grid = None
         try:
-            grid = make_grid(scenario, federation, probe=known is None, worker_bytes=_planned_bytes(known, scenario))
+            grid = make_grid(scenario, federation, probe=known is None, worker_bytes=planned_bytes(known, scenario))
             server = ServerRuntime(scenario, grid, write)
             strategy.bind(server)
             listener.run_started(folder, asked, federation, int(saved[0]["round"]) if saved else 0)
             if known is None:
                 report = preflight(server, strategy)
                 listener.preflight(report)
-                grid = _settle(grid, scenario, report, federation)
+                grid = settle(grid, scenario, report, federation)
                 scenario, known = report.scenario, report.facts
                 server.scenario, server.grid = scenario, grid
                 write_atomic(folder / "scenario.toml", dump(scenario).encode())
@@ -404,25 +349,6 @@ def _known_preflight(folder: Path) -> dict[str, Any] | None:
         return json.loads((folder / "environment.json").read_text())["preflight"]
     except (OSError, ValueError, KeyError):
         return None
-
-
-def _planned_bytes(known: Mapping[str, Any] | None, scenario: Scenario) -> int:
-    """Return the memory of a worker that was planned when a run began on a cluster; 0 = not known, or one machine."""
-    return int(known["worker"].get("planned_bytes", 0)) if known and scenario.system.address else 0
-
-
-def _settle(grid: SimulationGrid, asked: Scenario, report: Report, federation: Federation) -> SimulationGrid:
-    """Return a grid as a preflight wants it: the one that it used, if its workers are right."""
-    scenario = report.scenario
-    other = (report.placement.workers, report.placement.gpu_fraction) != (grid.workers, 0.0)
-    # Of a cluster's machines some may have no memory for the workers that Ray has put there.
-    if grid.workers and (other or (asked.system.address and asked.system.workers)):
-        grid.close()
-        return make_grid(scenario, federation, worker_bytes=report.placement.worker_bytes)
-    grid.cohort = scenario.system.cohort
-    if (asked.system.trainer, scenario.system.trainer) == ("auto", "vectorised"):
-        grid.load_app(partial(make_app, scenario))
-    return grid
 
 
 def _recover(

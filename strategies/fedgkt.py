@@ -137,8 +137,8 @@ class FedGKT(DistillationStrategy):
         "that met it. One tail serves clients of several architectures through adapters, which the paper does not have."
     )
     verified: ClassVar[str] = (
-        "losses by hand in float64; feature maps, the server's training and its logits by sample id in plain PyTorch; "
-        "client's own model as its tail; α = 0; bytes; resume"
+        "losses by hand in float64, preset code too; feature maps, the server's training and its logits by sample id "
+        "in plain PyTorch; client's own model as its tail; α = 0; bytes; resume"
     )
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"code": {"temperature": 3.0, "server_distils": False}}
     local = EdgeTraining

@@ -37,6 +37,7 @@ WIRED = HALVES | {
     "environment",
     "privacy",
     "preflight",
+    "grids",
     "run",
     "run_folder",
 }
@@ -83,7 +84,8 @@ ARROWS: dict[str, set[str]] = {
     "checks": HALVES | {"engine"},
     "checkpoints": WIRED,
     "run_folder": WIRED,
-    "preflight": WIRED - {"run"},
+    "preflight": WIRED - {"run", "grids"},
+    "grids": HALVES | {"engine", "preflight"},
     "jobs": WIRED,
     "run": WIRED,
     "report": {"errors", "files"},

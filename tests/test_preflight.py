@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from fedkd import grids as grids_module
 from fedkd import plugins, run
 from fedkd import preflight as module
 from fedkd.client import vectorised
@@ -155,7 +156,7 @@ def test_a_client_that_fails_is_noted_and_the_run_goes_on(small, tmp_path, monke
             raise ValueError("out of coffee")
         return call_next(message, context)
 
-    monkeypatch.setattr(run, "make_app", partial(make_app, mods=[mod]))
+    monkeypatch.setattr(grids_module, "make_app", partial(make_app, mods=[mod]))
     ear = Ear()
     result = run.execute(small(), out=tmp_path, listener=ear)
     assert result.summary["rounds"] == 3 and result.summary["refused"] == 0

@@ -10,7 +10,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from safetensors.torch import load_file
 
-from fedkd import checkpoint, run
+from fedkd import checkpoint, grids, run
 from fedkd.errors import LostError, RunError, ScenarioError
 
 STRATEGIES = [
@@ -355,7 +355,7 @@ def test_a_client_with_huge_weights_does_not_stop_the_round(small, tmp_path, mon
             reply.content["weights"] = ArrayRecord(arrays)
         return reply
 
-    monkeypatch.setattr(run, "make_app", partial(run.make_app, mods=[huge]))
+    monkeypatch.setattr(grids, "make_app", partial(grids.make_app, mods=[huge]))
     result = run.execute(small(run__participation=1.0, run__rounds=1), out=tmp_path)
     (event,) = [event for event in run.read_metrics(result.folder) if event["event"] == "round"]
     server, ensemble = event["predictors"]["server"], event["predictors"]["ensemble"]
@@ -384,29 +384,6 @@ def test_a_run_goes_on_with_the_share_of_a_gpu_that_was_settled_for_its_workers(
     recorded = small(system={"engine": "ray", "workers": 4, "gpu_fraction": 0.5})
     system = run._as_recorded(small(system={"engine": "ray", **asked}), recorded).system
     assert (system.workers, system.gpu_fraction) == settled
-
-
-@pytest.mark.parametrize(
-    ("system", "remade"),
-    [({"workers": 2, "address": "auto"}, True), ({"workers": 2}, False), ({"address": "auto"}, False)],
-    ids=["cluster", "one machine", "all CPUs"],
-)
-def test_workers_that_were_asked_for_get_their_memory_on_a_cluster(small, monkeypatch, system, remade):
-    scenario = small(system={"engine": "ray", **system})
-    placement = SimpleNamespace(workers=2, gpu_fraction=0.0, worker_bytes=5_000)
-    report = SimpleNamespace(scenario=scenario, placement=placement)
-    before = SimpleNamespace(workers=2, close=lambda: None, cohort=0)
-    monkeypatch.setattr(run, "make_grid", lambda scenario, federation, worker_bytes: worker_bytes)
-    after = run._settle(before, scenario, report, None)
-    assert after == 5_000 if remade else after is before
-
-
-def test_a_resumed_run_sets_aside_what_was_planned_on_a_cluster(small):
-    facts = {"worker": {"host_bytes": 1, "planned_bytes": 7}}
-    cluster, alone = small(system={"engine": "ray", "address": "auto"}), small(system={"engine": "ray"})
-    assert run._planned_bytes(facts, cluster) == 7
-    assert run._planned_bytes(facts, alone) == run._planned_bytes(None, cluster) == 0
-    assert run._planned_bytes({"worker": {"host_bytes": 1}}, cluster) == 0  # of an earlier version
 
 
 def test_too_few_replies_stop_the_run_resumably(small, tmp_path):

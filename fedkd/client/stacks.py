@@ -159,9 +159,15 @@ PINNED = 1 << 28
 
 
 def brought_home(stacks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return stacks [clients, ...] of one device on the CPU."""
+    """Return stacks [clients, ...] of one device on the CPU.
+
+    What comes from a GPU is contiguous, since a GPU turns matrices in no time.
+    """
     device = next((stack.device for stack in stacks.values()), torch.device("cpu"))
-    if device.type != "cuda" or sum(stack.nbytes for stack in stacks.values()) > PINNED:
+    if device.type != "cuda":
+        return {name: stack.cpu() for name, stack in stacks.items()}
+    stacks = {name: stack.contiguous() for name, stack in stacks.items()}
+    if sum(stack.nbytes for stack in stacks.values()) > PINNED:
         return {name: stack.cpu() for name, stack in stacks.items()}
     # PyTorch keeps such memory and gives it out again: no page of it has to be found anew.
     home = {name: torch.empty(stack.shape, dtype=stack.dtype, pin_memory=True) for name, stack in stacks.items()}

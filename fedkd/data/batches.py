@@ -106,11 +106,13 @@ class ArrayData:
         """Return a view of some samples, renumbered from 0, with or without their labels."""
         rows = np.asarray(ids) if self.rows is None else self.rows[ids]
         y = None if self._labels is None or not labelled else self._labels[ids]
-        return ArrayData(self.x, y, kind=self.kind, mean=self.mean, std=self.std, rows=rows)
+        private = int(np.cumprod(np.asarray(ids) < self.private).sum())  # those before the first public one
+        return ArrayData(self.x, y, kind=self.kind, mean=self.mean, std=self.std, rows=rows, private=private)
 
     def relabelled(self, y: np.ndarray) -> ArrayData:
         """Return a view of all samples with other labels [N]."""
-        return ArrayData(self.x, y, kind=self.kind, mean=self.mean, std=self.std, rows=self.rows)
+        rows, private = self.rows, self.private
+        return ArrayData(self.x, y, kind=self.kind, mean=self.mean, std=self.std, rows=rows, private=private)
 
     def gather(
         self,

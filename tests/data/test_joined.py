@@ -60,6 +60,10 @@ def test_images_of_the_second_are_never_augmented():
         assert any(not torch.equal(x[row], plain[row]) for x in draws) == is_private
     again = first.gather(ids % 4, augment="crop-flip", generator=torch.Generator().manual_seed(0)).x
     assert torch.equal(draws[0][[0, 2]], again[[0, 2]])  # changed as ever
+    some = both.take(np.array([3, 5, 4])).relabelled(np.zeros(3, dtype=int))
+    changed = [some.gather(np.arange(3), augment="crop-flip", generator=generator).x for _ in range(8)]
+    assert any(not torch.equal(x[0], plain[2]) for x in changed)
+    assert all(torch.equal(x[1:], plain[[1, 3]]) for x in changed)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("tokens", np.uint16), ("vector", np.float32)])

@@ -62,6 +62,31 @@ def tap_of():
 
 
 @pytest.fixture
+def statistics_move(federate, monkeypatch):
+    """Return a check that a step of distillation moves BatchNorm's statistics to its batch of proxy samples."""
+
+    def check(method, scenario, samples):
+        averages, distill = [], method.distill
+
+        def watch(self):
+            averages.append(dict(self.students["cnn"]))
+            distill(self)
+
+        monkeypatch.setattr(method, "distill", watch)
+        strategy, _ = federate(scenario)
+        [average], student = averages, strategy.students["cnn"]
+        x = strategy.server.proxy.data.gather(samples(strategy)).x
+        maps = torch.conv2d(x, average["body.stages.0.0.weight"], padding=1)
+        for name, of_batch in {"running_mean": maps.mean((0, 2, 3)), "running_var": maps.var((0, 2, 3))}.items():
+            before = average[f"body.stages.0.1.{name}"]
+            torch.testing.assert_close(student[f"body.stages.0.1.{name}"], 0.9 * before + 0.1 * of_batch)
+            assert float((before - of_batch).abs().max()) > 1e-3
+        return len(x)
+
+    return check
+
+
+@pytest.fixture
 def descend():
     """Return plain SGD: batches hold rows of `ids`, and the loss gets logits, rows and labels."""
 
