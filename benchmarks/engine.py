@@ -143,16 +143,15 @@ def w1_large(bench: Bench) -> None:
 
 
 def w2(bench: Bench) -> None:
-    together = {"trainer": "vectorised", "cohort": 25}
     for _ in range(bench.turns):
         bench.run("W2", "flower", "scenario")
-        bench.run("W2", "scenario", label="W2/together", system=together)
+        bench.run("W2", "scenario", label="W2/sequential", system={"trainer": "sequential"})
         bench.run("W2", "bare", "pfl")
     bench.compare("W2", FLOWER, "W2/scenario", "W2/flower", at_least=3.5)
     bench.compare("W2", BARE, "W2/scenario", "W2/bare", at_most=1.15)
     bench.compare("W2", PFL, "W2/scenario", "W2/pfl", at_least=1)
     for against, side in ((FLOWER, "flower"), (BARE, "bare"), (PFL, "pfl")):
-        bench.compare("W2, vectorised in cohorts of 25", against, "W2/together", f"W2/{side}")
+        bench.compare("W2, one by one", against, "W2/sequential", f"W2/{side}")
 
 
 def w3(bench: Bench) -> None:

@@ -19,13 +19,13 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from fedkd.client.vectorised import obstacle, schedule
 from fedkd.cohorts import COHORTS
 from fedkd.data.batches import epoch_order, step_order
+from fedkd.engine.measure import Measured, median
 from fedkd.engine.placement import SMALLER, Cost, Placement, place, size, span
 from fedkd.errors import RunError
 from fedkd.payloads import CONFIG
 
 if TYPE_CHECKING:
     from fedkd.engine import SimulationGrid
-    from fedkd.engine.measure import Measured
     from fedkd.scenario import Client, Scenario
     from fedkd.server.runtime import ServerRuntime
     from fedkd.server.strategy import DistillationStrategy
@@ -34,20 +34,23 @@ if TYPE_CHECKING:
 FEW, MORE = 1, 4
 """Steps of the two runs from which follows what a step takes, and what a client takes beside its steps."""
 
-MARGIN_CPU, MARGIN_GPU = 1.5, 1.2
-"""How many times as fast the vectorised trainer must be to be chosen: bits depend on it, and noise must not decide. On
-CPUs it is measured alone, and what it gains differs where all workers share caches and memory."""
+WHOLE = 0.25
+"""Seconds that cohorts may take for more steps than that, at best for all of them: then nothing has to follow."""
 
-AGAIN, SECONDS, CLEAR = 3, 0.1, 2.0
+MARGIN = 1.1
+"""How many times as fast the vectorised trainer must be to be chosen: bits depend on it, and noise must not decide."""
+
+AGAIN, SECONDS, CLEAR = 3, 0.5, 2.0
 """Trainers are compared so often while it takes less than so many seconds, and none is so many times as fast as the
-other; the best time of each counts."""
+other; the median counts. On CPUs all workers do it at once: what a trainer gains differs where they share caches and
+memory."""
 
 WIDTH = 16
-"""Clients in the cohort from which follows what a vectorised client takes of a GPU's memory; on CPUs, most clients with
-which trainers are compared."""
+"""Clients in the cohort from which follows what a vectorised client takes of a GPU's memory."""
 
 WIDEST = 32
-"""Clients in a cohort beyond which those that are computed as one on a CPU gain little."""
+"""Clients in a cohort beyond which those that are computed as one on a CPU gain little; trainers are compared with no
+more."""
 
 GPU_CONTEXT = 600 << 20
 """Memory that a process takes of a GPU before it allocates any (kernels, handles of libraries)."""
@@ -180,44 +183,73 @@ class _Preflight:
     def _measure_one(self, group: _Group) -> None:
         """Let the client of median size train alone."""
         place = (len(group.ids) - 1) // 2
-        runs = self._run(group, [(np.array([place]), steps, "sequential") for steps in (FEW, FEW, MORE)])
-        if len(runs) < 3:
+        few, more = ((np.array([place]), steps, "sequential") for steps in (FEW, MORE))
+        peak = self._run(group, [more], memory=True)
+        runs = self._run(group, [few, more]) if peak else []
+        if not runs:
             return
-        _, few, more = runs
         steps = int(group.steps[place])
-        seconds = _whole(few.seconds, min(FEW, steps), more.seconds, min(MORE, steps), float(group.steps.mean()))
-        group.took["sequential"] = _Took(seconds, more.host_bytes, more.gpu_bytes)
-        self.held_host = max(self.held_host, more.held_host_bytes)
-        self.held_gpu = max(self.held_gpu, more.held_gpu_bytes)
+        short, long = (min(number, steps) for number in (FEW, MORE))
+        seconds = _whole(runs[0].seconds, short, runs[1].seconds, long, float(group.steps.mean()))
+        group.took["sequential"] = _Took(seconds, peak[0].host_bytes, peak[0].gpu_bytes)
+        self.held_host = max(self.held_host, peak[0].held_host_bytes)
+        self.held_gpu = max(self.held_gpu, peak[0].held_gpu_bytes)
 
-    def _measure_cohort(self, group: _Group, width: int, trainers: Sequence[str], again: int = 1) -> None:
-        """Let a cohort train in several ways."""
+    def _measure_cohort(
+        self, group: _Group, width: int, trainers: Sequence[str], *, again: int = 1, everywhere: bool = False
+    ) -> None:
+        """Let a cohort train in several ways; the vectorised one is among them."""
         places = group.cohort(width)
-        plan = [(places, steps, trainer) for trainer in trainers for steps in (FEW, MORE)]
-        runs = self._run(group, [plan[0], *plan])[1:]  # the first one warms up
-        for _ in range(again - 1):
-            spent = [sum(run.seconds for run in runs[n :: len(plan)]) for n in range(len(plan))]
-            if len(runs) < len(plan) or sum(spent) > SECONDS or max(spent[1::2]) > CLEAR * min(spent[1::2]):
-                break
-            runs += self._run(group, plan)
-        if len(runs) < len(plan):
+        batches = [_batches(int(samples), self.scenario.client) for samples in group.samples[places]]
+        alone = group.took["sequential"]
+        most = max(MORE, int(WHOLE / (width * alone.seconds / group.steps.mean())))
+        lengths = (most,) if most >= max(map(len, batches)) else (FEW, most)
+        peak = self._run(group, [(places, most, "vectorised")], memory=True, everywhere=everywhere)
+        plan = [(places, steps, trainer) for trainer in trainers for steps in lengths]
+        passes = self._passes(group, plan, again, everywhere) if peak else []
+        if not passes:
             group.took.pop("vectorised", None)
             return
-        batches = [_batches(int(samples), self.scenario.client) for samples in group.samples[places]]
-        for number, trainer in enumerate(trainers):
-            few = min(run.seconds for run in runs[2 * number :: len(plan)])
-            more = min(run.seconds for run in runs[2 * number + 1 :: len(plan)])
-            short, long, all_steps = (_taken(trainer, [b[:most] for b in batches]) for most in (FEW, MORE, None))
-            seconds = _whole(few, short, more, long, all_steps) / width
-            at_once = 1 if trainer == "sequential" else width
-            peak = runs[2 * number + 1]
-            graphs = 2 if trainer == "vectorised" and self.scenario.system.graphs else 1  # with memory of their own
-            group.took[trainer] = _Took(seconds, peak.host_bytes // at_once, graphs * peak.gpu_bytes // at_once)
+        times = iter(median(runs).seconds for runs in zip(*passes))
+        for trainer in trainers:
+            took = [next(times) for _ in lengths]
+            steps = [_taken(trainer, [each[:length] for each in batches]) for length in lengths]
+            seconds = _whole(took[0], steps[0], took[-1], steps[-1], _taken(trainer, batches)) / width
+            group.took[trainer] = alone._replace(seconds=seconds)
+        graphs = 2 if self.scenario.system.graphs else 1  # with memory of their own
+        group.took["vectorised"] = group.took["vectorised"]._replace(
+            host_bytes=peak[0].host_bytes // width, gpu_bytes=graphs * peak[0].gpu_bytes // width
+        )
 
-    def _run(self, group: _Group, plan: Sequence[tuple[np.ndarray, int, str]]) -> list[Measured]:
+    def _passes(
+        self, group: _Group, plan: Sequence[tuple[np.ndarray, int, str]], again: int, everywhere: bool
+    ) -> list[list[Measured]]:
+        """Run a plan until it is clear which way is the faster one; nothing where something failed."""
+        passes: list[list[Measured]] = []
+        for _ in range(again):
+            passes.append(self._run(group, plan, everywhere=everywhere))
+            if not passes[-1]:
+                return []
+            spent = {trainer: 0.0 for *_, trainer in plan}
+            for (*_, trainer), run in zip(plan, passes[-1], strict=True):
+                spent[trainer] += run.seconds
+            if sum(run.seconds for runs in passes for run in runs) > SECONDS:
+                break
+            if max(spent.values()) > CLEAR * min(spent.values()):
+                break
+        return passes
+
+    def _run(
+        self,
+        group: _Group,
+        plan: Sequence[tuple[np.ndarray, int, str]],
+        *,
+        memory: bool = False,
+        everywhere: bool = False,
+    ) -> list[Measured]:
         """Run cohorts of a group; return what they took, or nothing where one of them failed."""
         try:
-            runs = self.grid.measure(self._messages(group, plan))
+            runs = self.grid.measure(self._messages(group, plan), memory=memory, everywhere=everywhere)
             reason = next((error for run in runs for error in run.errors), "")
         except Exception as error:  # whatever a method does: the run itself will tell
             reason = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
@@ -262,18 +294,20 @@ class _Preflight:
             return "sequential", ""
         if not able:
             return "sequential" if asked == "auto" else asked, why
-        width = self.scenario.system.cohort or (WIDTH if self.on_gpu else min(WIDTH, self._wide() or self._usual()))
+        width = self.scenario.system.cohort or (WIDTH if self.on_gpu else min(WIDEST, self._wide() or self._usual()))
         if self.on_gpu or asked == "vectorised":  # memory must be known before the width can be chosen
             for group in able:
                 self._measure_cohort(group, min(width, group.clients), ["vectorised"])
         if asked == "vectorised":
             return "vectorised", why
         try:
-            if self.on_gpu:
-                width = self._place("vectorised").cohort
+            plan = self._place("vectorised", untried=not self.on_gpu)
+            width = plan.cohort if self.on_gpu else width
+            everywhere = not self.on_gpu and plan.workers >= self.grid.workers  # if not, memory is short
             for group in able:
                 if min(width, group.clients) > 1:
-                    self._measure_cohort(group, min(width, group.clients), ["vectorised", "sequential"], AGAIN)
+                    ways = "vectorised", "sequential"
+                    self._measure_cohort(group, min(width, group.clients), ways, again=AGAIN, everywhere=everywhere)
             self._place("vectorised")
         except RunError as error:
             return "sequential", f": {str(error).splitlines()[0]}"
@@ -284,16 +318,17 @@ class _Preflight:
             sum(cost.clients * cost.seconds for cost in self._costs(trainer))
             for trainer in ("sequential", "vectorised")
         )
-        if one_by_one > (MARGIN_GPU if self.on_gpu else MARGIN_CPU) * together:
+        if one_by_one > MARGIN * together:
             return "vectorised", f": {span(together)} of work in a round, sequential {span(one_by_one)}"
         return "sequential", f": {span(one_by_one)} of work in a round, vectorised {span(together)}"
 
-    def _place(self, trainer: str) -> Placement:
+    def _place(self, trainer: str, *, untried: bool = False) -> Placement:
+        """Place workers; `untried` cohorts are taken to need the memory of as many clients one by one."""
         system, inline = self.scenario.system, not self.grid.workers
         return place(
             self.nodes,
             self._costs(trainer),
-            batched=trainer == "vectorised" and any("vectorised" in group.took for group in self.groups),
+            batched=trainer == "vectorised" and (untried or any("vectorised" in group.took for group in self.groups)),
             workers=1 if inline else system.workers,
             gpu_fraction=0.0 if inline else system.gpu_fraction,
             cohort=system.cohort or (self._wide() if trainer == "vectorised" else 0),

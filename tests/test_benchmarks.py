@@ -47,7 +47,7 @@ def test_a_workload_with_and_without_frameworks(tmp_path):
         assert rows["pfl-research"]["met"] is None and "not installed" in rows["pfl-research"]["note"]
     scenario = report["sides"]["W2/scenario"]
     assert len(scenario["seconds"]) == 2 and scenario["start"][0] > 0 and scenario["others"][0] >= 0
-    assert report["sides"]["W2/together"]["trainer"] == "vectorised"
+    assert report["sides"]["W2/sequential"]["trainer"] == "sequential"
     assert "stock Flower" in text
 
 

@@ -243,7 +243,9 @@ class SimulationGrid(Grid):
         """
 
     @abstractmethod
-    def measure(self, cohorts: Sequence[Sequence[Message]]) -> list[Measured]:
+    def measure(
+        self, cohorts: Sequence[Sequence[Message]], *, memory: bool = False, everywhere: bool = False
+    ) -> list[Measured]:
         """Run cohorts in one worker, one after another, for the sake of measuring.
 
         Every client starts with the empty state. Replies and new states are thrown away.
@@ -251,7 +253,13 @@ class SimulationGrid(Grid):
         Parameters
         ----------
         cohorts : sequence of sequence of Message
-            Messages of each cohort, in partition order. The first cohort is there to warm up, also the other workers.
+            Messages of each cohort, in partition order.
+        memory : bool
+            Whether the memory at the peak is what is wanted: all that is free is given back to the system before each
+            cohort, which takes longer then. Other workers run the first cohort, to warm up.
+        everywhere : bool
+            Whether all workers run the cohorts at once and share caches and memory as in a round; the median of what
+            they took is returned.
 
         Returns
         -------

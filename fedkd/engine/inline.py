@@ -91,9 +91,11 @@ class InlineGrid(SimulationGrid):
 
         yield fetch
 
-    def measure(self, cohorts: Sequence[Sequence[Message]]) -> list[Measured]:
+    def measure(
+        self, cohorts: Sequence[Sequence[Message]], *, memory: bool = False, everywhere: bool = False
+    ) -> list[Measured]:
         """Run cohorts here, see `SimulationGrid.measure`."""
-        return [self._runner.measure(messages, self._registered(messages)) for messages in cohorts]
+        return [self._runner.measure(messages, self._registered(messages), memory) for messages in cohorts]
 
     def load_app(self, app_factory: AppFactory) -> None:
         """Make the app here, see `SimulationGrid.load_app`."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import random
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 _STATUS = Path("/proc/self/status")
+_BYTES = ("host_bytes", "gpu_bytes", "held_host_bytes", "held_gpu_bytes")
 _PEAK_FROM_NOW = "5"  # what proc(5) wants in clear_refs
 
 
@@ -42,15 +44,19 @@ class Measured:
     errors: tuple[str, ...] = ()
 
 
-def measure(work: Callable[[], tuple[str, ...]]) -> Measured:
+def measure(work: Callable[[], tuple[str, ...]], *, memory: bool) -> Measured:
     """Do some work and say what it took. The global random generators are left as they were.
 
     Parameters
     ----------
     work : callable
         Returns why parts of it failed.
+    memory : bool
+        Whether freed memory is given back to the system before: what the allocator keeps would hide what the work
+        takes, but spares time that the work then needs to get it anew.
     """
-    _give_back_freed_memory()
+    if memory:
+        _give_back_freed_memory()
     held = _resident("RssAnon")
     before = _reset_peak()
     on_gpu = _reset_gpu_peak()
@@ -67,6 +73,15 @@ def measure(work: Callable[[], tuple[str, ...]]) -> Measured:
         held_host_bytes=held,
         held_gpu_bytes=on_gpu,
         errors=errors,
+    )
+
+
+def median(runs: Sequence[Measured]) -> Measured:
+    """Return what the same work took in several processes at once: the median of the seconds, the most of the rest."""
+    return Measured(
+        statistics.median(run.seconds for run in runs),
+        *(max(getattr(run, name) for run in runs) for name in _BYTES),
+        errors=next((run.errors for run in runs if run.errors), ()),
     )
 
 
@@ -97,7 +112,7 @@ def _reset_gpu_peak() -> int:
 
 
 def _give_back_freed_memory() -> None:
-    """Return freed memory to the system: what the allocator keeps would hide what the work takes."""
+    """Return freed memory to the system."""
     if sys.platform.startswith("linux"):
         with suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL("libc.so.6").malloc_trim(0)

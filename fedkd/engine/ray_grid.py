@@ -16,7 +16,7 @@ from flwr.app.message import make_message
 
 from fedkd.cohorts import Costs, in_tasks
 from fedkd.engine.grid import STORED, Fetch, Item, Outcome, SimulationGrid
-from fedkd.engine.measure import Measured
+from fedkd.engine.measure import Measured, median
 from fedkd.engine.nodes import Nodes
 from fedkd.engine.placement import Node
 from fedkd.engine.worker import (
@@ -267,8 +267,10 @@ class RayGrid(SimulationGrid):
         # What has been handed over is not kept longer than needed.
         return ended._replace(first=done._replace(loose=[], states=None), refs=refs), done.loose
 
-    def measure(self, cohorts: Sequence[Sequence[Message]]) -> list[Measured]:
-        """Run cohorts on one of the workers, see `SimulationGrid.measure`."""
+    def measure(
+        self, cohorts: Sequence[Sequence[Message]], *, memory: bool = False, everywhere: bool = False
+    ) -> list[Measured]:
+        """Run cohorts on one of the workers, or on all of them, see `SimulationGrid.measure`."""
         from fedkd.engine.dispatcher import Done, Job
 
         contents = [message.content for messages in cohorts for message in messages]
@@ -277,13 +279,18 @@ class RayGrid(SimulationGrid):
             partitions = self._registered(messages)
             parts = [shared.part(message.content, objects) for message in messages]
             bundles.append(Cohort(len(bundles), [message.metadata for message in messages], parts, partitions))
-        self._pool.tell("measure", bundles[:1], *objects)
-        with self._pool.dispatch([Job("measure", (bundles, *objects))]) as result:
-            done = result(0)
-        if isinstance(done, Error):
-            raise RunError(done.reason)
-        assert isinstance(done, Done)
-        return done.first
+        if memory and not everywhere:
+            self._pool.tell("measure", bundles[:1], memory, *objects)
+        jobs = [Job("measure", (bundles, memory, *objects)) for _ in range(self.workers if everywhere else 1)]
+        found: list[list[Measured]] = []
+        with self._pool.dispatch(jobs) as result:
+            for number in range(len(jobs)):
+                done = result(number)
+                if isinstance(done, Error):
+                    raise RunError(done.reason)
+                assert isinstance(done, Done)
+                found.append(done.first)
+        return [median(runs) for runs in zip(*found)]
 
     def load_app(self, app_factory: AppFactory) -> None:
         """Let every worker make the app before its next cohort, see `SimulationGrid.load_app`."""

@@ -184,14 +184,14 @@ class CohortRunner:
                 return meet(calls)
             return [call() for call in calls]
 
-    def measure(self, messages: Sequence[Message], partitions: Sequence[int]) -> Measured:
+    def measure(self, messages: Sequence[Message], partitions: Sequence[int], memory: bool) -> Measured:
         """Answer the messages of a cohort, throw answers and states away, and return what that took."""
 
         def work() -> tuple[str, ...]:
             answers = self.run(messages, partitions, [None] * len(messages))
             return tuple(str(answer.reply.error.reason) for answer in answers if answer.reply.has_error())
 
-        return measure(work)
+        return measure(work, memory=memory)
 
     def _answer(self, message: Message, partition: int, state: RecordDict | None) -> Answer:
         context = Context(
@@ -355,11 +355,11 @@ class Worker:
         assert self._runner is not None
         return self._runner.run(_messages(cohort, objects), cohort.partitions, states, order.deadline)
 
-    def measure(self, cohorts: Sequence[Cohort], *objects: Any) -> list[Measured]:
+    def measure(self, cohorts: Sequence[Cohort], memory: bool, *objects: Any) -> list[Measured]:
         """Run cohorts for the sake of measuring, see `SimulationGrid.measure`; objects as in `run`."""
         self.load()
         assert self._runner is not None
-        return [self._runner.measure(_messages(cohort, objects), cohort.partitions) for cohort in cohorts]
+        return [self._runner.measure(_messages(cohort, objects), cohort.partitions, memory) for cohort in cohorts]
 
     def idle(self) -> None:
         """Give back what the allocator keeps of the GPU: others may need it until the next cohort comes."""

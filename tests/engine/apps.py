@@ -192,6 +192,31 @@ def late_app():
     return app
 
 
+def meeting_app():
+    """Clients that wait until as many processes as they want have come, or fail."""
+    import os
+    import time
+    from pathlib import Path
+
+    from flwr.app import Message
+    from flwr.clientapp import ClientApp
+
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        folder, wanted = Path(str(message.content["config"]["folder"])), message.content["config"]["wanted"]
+        (folder / str(os.getpid())).touch()
+        end = time.monotonic() + 60
+        while len(list(folder.iterdir())) < wanted:
+            if time.monotonic() > end:
+                raise TimeoutError("nobody came")
+            time.sleep(0.01)
+        return Message(message.content, reply_to=message)
+
+    return app
+
+
 def first_number(reply, factor):
     """Compute something of a reply."""
     from fedkd.arrays import view

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedkd.engine import InlineGrid, Nodes, RayGrid
-from fedkd.engine.measure import measure
+from fedkd.engine.measure import Measured, measure, median
 from fedkd.errors import RunError
 
 
@@ -31,6 +31,18 @@ def test_clients_are_run_and_leave_no_state(grid, apps):
     assert first.errors == second.errors == ()
     assert second.seconds > 0.19
     assert {p: state["calls"]["n"] for p, state in grid.state_dict().items()} == {0: 1}
+
+
+def test_all_workers_measure_at_once(ray_session, apps, tmp_path):
+    with RayGrid(apps.meeting_app, Nodes.alike(2), workers=2) as grid:
+        (took,) = grid.measure([apps.ask(grid, [0, 1], folder=str(tmp_path), wanted=2)], everywhere=True)
+        assert took.errors == () and len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_median_of_workers_counts_and_the_most_memory():
+    runs = [Measured(1.0, 5, 0, 7, 0), Measured(4.0, 3, 2, 9, 1), Measured(2.0, 4, 1, 8, 0, ("late",))]
+    assert median(runs) == Measured(2.0, 5, 2, 9, 1, ("late",))
+    assert median(runs[:2]).seconds == 2.5
 
 
 def test_clients_that_fail_are_named(grid, apps):
@@ -62,7 +74,7 @@ def test_random_generators_are_left_as_they_were():
         random.random(), np.random.rand(), torch.rand(1)
         return ()
 
-    assert measure(work).seconds > 0
+    assert measure(work, memory=False).seconds > 0
     assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
 
 
@@ -73,6 +85,6 @@ def test_memory_at_the_peak_counts_what_was_freed_before():
         return ()
 
     for _ in range(2):
-        measured = measure(work)
+        measured = measure(work, memory=True)
         assert 60e6 < measured.host_bytes < 80e6
     assert measured.held_host_bytes > 0 and measured.gpu_bytes == 0
