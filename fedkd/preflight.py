@@ -40,17 +40,17 @@ WHOLE = 0.25
 MARGIN = 1.1
 """How many times as fast the vectorised trainer must be to be chosen: bits depend on it, and noise must not decide."""
 
-AGAIN, SECONDS, CLEAR = 3, 0.5, 2.0
-"""Trainers are compared so often while it takes less than so many seconds, and none is so many times as fast as the
-other; the median counts. On CPUs all workers do it at once: what a trainer gains differs where they share caches and
-memory."""
+AGAIN, SECONDS, UNCLEAR = 3, 0.4, (0.6, 1.25)
+"""Trainers are compared so often while it takes less than so many seconds, and the sequential one takes neither less
+nor more times as long as the vectorised one; the median counts. On CPUs all workers do it at once: what a trainer gains
+differs where they share caches and memory."""
 
 WIDTH = 16
-"""Clients in the cohort from which follows what a vectorised client takes of a GPU's memory."""
+"""Clients in the cohort from which follows what a vectorised client takes of a GPU's memory; on CPUs, most clients with
+which trainers are compared."""
 
 WIDEST = 32
-"""Clients in a cohort beyond which those that are computed as one on a CPU gain little; trainers are compared with no
-more."""
+"""Clients in a cohort beyond which those that are computed as one on a CPU gain little."""
 
 GPU_CONTEXT = 600 << 20
 """Memory that a process takes of a GPU before it allocates any (kernels, handles of libraries)."""
@@ -230,12 +230,12 @@ class _Preflight:
             passes.append(self._run(group, plan, everywhere=everywhere))
             if not passes[-1]:
                 return []
-            spent = {trainer: 0.0 for *_, trainer in plan}
+            spent = {"sequential": 0.0, "vectorised": 0.0}
             for (*_, trainer), run in zip(plan, passes[-1], strict=True):
                 spent[trainer] += run.seconds
-            if sum(run.seconds for runs in passes for run in runs) > SECONDS:
-                break
-            if max(spent.values()) > CLEAR * min(spent.values()):
+            least, most = (bound * spent["vectorised"] for bound in UNCLEAR)
+            enough = sum(run.seconds for runs in passes for run in runs) > SECONDS
+            if enough or not least < spent["sequential"] < most:
                 break
         return passes
 
@@ -294,7 +294,7 @@ class _Preflight:
             return "sequential", ""
         if not able:
             return "sequential" if asked == "auto" else asked, why
-        width = self.scenario.system.cohort or (WIDTH if self.on_gpu else min(WIDEST, self._wide() or self._usual()))
+        width = self.scenario.system.cohort or (WIDTH if self.on_gpu else min(WIDTH, self._wide() or self._usual()))
         if self.on_gpu or asked == "vectorised":  # memory must be known before the width can be chosen
             for group in able:
                 self._measure_cohort(group, min(width, group.clients), ["vectorised"])

@@ -280,9 +280,9 @@ def test_the_vectorised_trainer_must_be_faster_by_a_margin(small, ratio, chosen)
 @pytest.mark.parametrize(
     ("clients", "cpus", "more", "compared", "width"),
     [
-        (1000, 2, {"data__options": {"classes": 4, "train": 1100, "test": 40}}, 32, 0),  # the usual 63 are enough
-        (100, 2, {}, 25, 25),
-        (100, 2, {"system__workers": 1}, 32, 32),
+        (1000, 2, {"data__options": {"classes": 4, "train": 1100, "test": 40}}, 16, 0),  # the usual 63 are enough
+        (100, 2, {}, 16, 25),
+        (100, 2, {"system__workers": 1}, 16, 32),
         (100, 8, {}, 7, 0),  # the usual seven: each of so many workers has two cohorts
         (32, 2, {"system__cohort": 3}, 3, 3),
     ],
