@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from flwr.supercore.task_identity import TaskIdentity
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -206,6 +207,7 @@ class FakeGrid:
     def __init__(self, clients, takes, machines=(), workers=2, errors=lambda trainer, count: ()):
         self.nodes, self.takes, self.workers, self.errors = Nodes.alike(clients), takes, workers, errors
         self._machines, self.calls, self.everywhere = machines or [Node(2)], [], []
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # as grids do, for messages
 
     def machines(self, gpus):
         return [node if gpus else Node(node.cpus) for node in self._machines]
