@@ -22,12 +22,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import Bench, rounded, table
-from common import Clock, answer, this_side, told
-from common import workload as workload_of
-from harness import machine, versions
+from fedkd.garbage import paused
 
-from fedkd.environment import git_commit
+with paused():  # as the command line imports what it needs; every side does so here
+    from bench import Bench, rounded, table
+    from common import Clock, answer, this_side, told
+    from common import workload as workload_of
+    from harness import machine, versions
+
+    from fedkd.environment import git_commit
 
 HERE = Path(__file__).resolve().parent
 SAME = 0.005
@@ -114,7 +117,9 @@ def be_side() -> int:
     """Do what the environment says, in a process that the harness started."""
     module, _, function = SIDES[told()["side"]].partition(":")
     clock = Clock(told()["rounds"], told()["warmup"], memory=told().get("memory", False))
-    answer(getattr(importlib.import_module(module), function)(this_side(), clock))
+    with paused():
+        side = getattr(importlib.import_module(module), function)
+    answer(side(this_side(), clock))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import keyword
 import os
 import sys
@@ -20,6 +21,7 @@ from rich.table import Table
 
 from fedkd import __version__
 from fedkd.errors import DataError, FedKDError, RunError, ScenarioError, errors_in
+from fedkd.garbage import paused
 from fedkd.scenario_file import find, load, shipped
 from fedkd.wording import did_you_mean
 
@@ -158,6 +160,7 @@ def resume(
 ) -> None:
     """Go on with an interrupted run, to the same results as without the interruption."""
     _use_cache(cache)
+    _import_libraries()
     from fedkd import run as runs
     from fedkd.screen import Screen
 
@@ -273,10 +276,17 @@ def _use_cache(cache: Path | None) -> None:
         os.environ["FEDKD_CACHE"] = os.path.abspath(os.path.expanduser(cache))
 
 
+def _import_libraries() -> None:
+    """Import PyTorch, Flower and all that a run needs; looking for garbage meanwhile would take a tenth of the time."""
+    with paused():
+        importlib.import_module("fedkd.run")
+
+
 def _checked(scenario: str, overrides: Sequence[str], cache: Path | None) -> tuple[Document, list[Cell]]:
     """Read a scenario and check all that can be checked, data included, before anything is written."""
     _use_cache(cache)
     document = load(scenario, overrides)
+    _import_libraries()
     from fedkd.sweep import expand
 
     cells = expand(document)

@@ -25,3 +25,29 @@ def spared() -> Iterator[None]:
     finally:
         if ours:
             gc.unfreeze()
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Do without the collector, as imports can: what they make stays, and looking at it again and again takes time.
+
+    Afterwards it counts as old, so it is not looked at soon.
+
+    Examples
+    --------
+    >>> with paused():
+    ...     gc.isenabled()
+    False
+    >>> gc.isenabled()
+    True
+    """
+    ours = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if ours:
+            if not gc.get_freeze_count():  # else this would bring back what somebody has frozen
+                gc.freeze()
+                gc.unfreeze()  # into the oldest generation
+            gc.enable()

@@ -18,7 +18,8 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass
-from importlib.metadata import EntryPoint, entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,14 @@ def _broken(module: str, key: str, error: BaseException) -> ScenarioError:
     return ScenarioError(f"module {module!r} cannot be imported: {type(error).__name__}: {error}", key=key)
 
 
+@cache  # each look through all that is installed takes 15 ms
+def _installed() -> EntryPoints:
+    return entry_points(group=GROUP)
+
+
 def _entry_points() -> dict[str, EntryPoint]:
     found: dict[str, EntryPoint] = {}
-    for point in entry_points(group=GROUP):
+    for point in _installed():
         # A name of ours stays ours, whoever else claims it.
         if point.name not in found or point.module.split(".")[0] == BUILT_IN:
             found[point.name] = point

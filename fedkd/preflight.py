@@ -204,7 +204,7 @@ class _Preflight:
         alone = group.took["sequential"]
         most = max(MORE, int(WHOLE / (width * alone.seconds / group.steps.mean())))
         lengths = (most,) if most >= max(map(len, batches)) else (FEW, most)
-        peak = self._run(group, [(places, most, "vectorised")], memory=True, everywhere=everywhere)
+        peak = self._run(group, [(places, MORE, "vectorised")], memory=True, everywhere=everywhere)
         plan = [(places, steps, trainer) for trainer in trainers for steps in lengths]
         passes = self._passes(group, plan, again, everywhere) if peak else []
         if not passes:

@@ -78,7 +78,19 @@ ARROWS: dict[str, set[str]] = {
     "server": HALVES | {"engine"},  # a strategy names the client half it goes with
     "privacy": HALVES,
     # Flower and Ray, nothing of distillation.
-    "engine": {"errors", "seeds", "threads", "arrays", "cohorts", "meeting", "cluster", "kept", "caches", "graphs"},
+    "engine": {
+        "errors",
+        "seeds",
+        "threads",
+        "arrays",
+        "cohorts",
+        "meeting",
+        "cluster",
+        "kept",
+        "caches",
+        "graphs",
+        "garbage",
+    },
     "checkpoint": FLOOR | {"payloads"},
     "environment": BASE | {"students"},
     "checks": HALVES | {"engine"},

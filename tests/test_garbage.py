@@ -8,7 +8,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedkd.engine.worker import Worker
-from fedkd.garbage import spared
+from fedkd.garbage import paused, spared
 
 
 class Ring:
@@ -37,6 +37,31 @@ def test_an_error_ends_it():
     with pytest.raises(ValueError), spared():
         raise ValueError
     assert gc.get_freeze_count() == 0
+
+
+def test_while_it_is_paused_nothing_is_collected_and_then_what_is_there_is_old():
+    with paused():
+        with paused():
+            pass
+        assert not gc.isenabled()
+        rings = [Ring() for _ in range(2 * gc.get_threshold()[0])]
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+    assert any(each is rings[0] for each in gc.get_objects(generation=2))
+
+
+def test_who_has_no_collector_gets_none_and_what_is_frozen_stays_so():
+    gc.disable()
+    try:
+        with paused():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    with spared():
+        frozen = gc.get_freeze_count()
+        with pytest.raises(ValueError), paused():
+            raise ValueError
+        assert gc.isenabled() and gc.get_freeze_count() == frozen
 
 
 @pytest.mark.parametrize("end", [Worker.rest, lambda worker: worker.replace_app(ClientApp)], ids=["rest", "replace"])

@@ -118,7 +118,7 @@ def test_an_entry_point_of_another_package_is_a_name(monkeypatch):
         EntryPoint("fedavg", "strategies.fedavg:FedAvg", plugins.GROUP),
         EntryPoint("fedavg", "math:pi", plugins.GROUP),
     ]
-    monkeypatch.setattr(plugins, "entry_points", lambda group: points)
+    monkeypatch.setattr(plugins, "_installed", lambda: points)
     monkeypatch.setitem(__import__("sys").modules, __name__, __import__("types").SimpleNamespace(Odd=Odd))
 
     assert "odd" in plugins.strategy_names()
@@ -127,7 +127,7 @@ def test_an_entry_point_of_another_package_is_a_name(monkeypatch):
 
 
 def test_without_installation_methods_are_found_by_their_modules_and_variants_in_those_of_their_methods(monkeypatch):
-    monkeypatch.setattr(plugins, "entry_points", lambda group: [])
+    monkeypatch.setattr(plugins, "_installed", list)
 
     for name, cls in {"fedgkd": "FedGKD", "fedgkd_vote": "FedGKDVote", "local": "Local"}.items():
         assert plugins.strategy_class(name).__name__ == cls
