@@ -1,9 +1,12 @@
 """Fixtures that all tests may ask for."""
 
+import gc
 import os
 from contextlib import contextmanager
 
 import pytest
+
+from fedkd.garbage import paused
 
 # Before anybody imports Flower or Ray.
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
@@ -12,6 +15,16 @@ os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 # Ray notices within seconds that a node has gone; by default it waits longer.
 HEALTH_CHECK = {"initial_delay_ms": 0, "period_ms": 500, "timeout_ms": 2000, "failure_threshold": 4}
 os.environ.update({f"RAY_health_check_{name}": str(value) for name, value in HEALTH_CHECK.items()})
+
+# What is imported stays: passes over all of it would take a twentieth of the run. Tests of garbage ask for them.
+gc.set_threshold(*gc.get_threshold()[:2], 1000)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Import all tests, and all that they test."""
+    with paused():
+        return (yield)
 
 
 def pytest_collection_modifyitems(items):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 
 import pytest
 
@@ -56,13 +57,13 @@ class Stop(run.Listener):
             raise self.error
 
 
-@pytest.fixture
-def swept(tmp_path):
+@pytest.fixture(scope="module")
+def swept_once(tmp_path_factory):
     """A sweep of eight cells: one is missing, one has failed, one was stopped."""
-    path = tmp_path / "two.toml"
+    folder = tmp_path_factory.mktemp("swept")
+    path, out = folder / "two.toml", folder / "runs"
     path.write_text(SCENARIO)
     cells = expand(load(path))
-    out = tmp_path / "runs"
     for number, cell in enumerate(cells):
         if number == 3:
             with pytest.raises(RunError):
@@ -72,7 +73,15 @@ def swept(tmp_path):
                 run.execute(cell.scenario, out=out, listener=Stop(KeyboardInterrupt()))
         elif number != 6:
             run.execute(cell.scenario, out=out)
-    return path, cells, out
+    return folder
+
+
+@pytest.fixture
+def swept(swept_once, tmp_path):
+    """A copy of that sweep, to be changed."""
+    shutil.copytree(swept_once, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "two.toml"
+    return path, expand(load(path)), tmp_path / "runs"
 
 
 def test_every_run_is_found_with_its_state(swept):

@@ -9,13 +9,19 @@ from fedkd.engine import InlineGrid, Nodes, RayGrid
 from fedkd.errors import RunError
 
 
-@pytest.fixture(params=["inline", "1 worker", "2 workers"])
-def grid(request, ray_session, apps):
+@pytest.fixture(scope="module", params=["inline", "1 worker", "2 workers"])
+def where(request):
+    """Where clients run; for the whole module, so that workers are kept from test to test."""
+    return request.param
+
+
+@pytest.fixture
+def grid(where, ray_session, apps):
     nodes = Nodes.alike(40)
-    if request.param == "inline":
+    if where == "inline":
         made = InlineGrid(apps.counting_app, nodes)
     else:
-        made = RayGrid(apps.counting_app, nodes, workers=int(request.param[0]))
+        made = RayGrid(apps.counting_app, nodes, workers=int(where[0]))
     with made:
         yield made
 

@@ -18,7 +18,7 @@ def grid(request, apps):
         grid = InlineGrid(apps.counting_app, Nodes.alike(6))
     else:
         request.getfixturevalue("ray_session")
-        grid = RayGrid(apps.counting_app, Nodes.alike(6), workers=1)
+        grid = RayGrid(apps.counting_app, Nodes.alike(6), workers=2)
     with grid:
         yield grid
 
@@ -53,14 +53,14 @@ def test_clients_that_fail_are_named(grid, apps):
 
 def test_machines_and_workers(grid):
     (node,) = grid.machines(gpus=False)
-    assert node.gpus == 0 and int(node.cpus) == max(1, 2 * grid.workers)
+    assert node.gpus == 0 and int(node.cpus) == max(1, grid.workers)
 
 
 def test_a_client_that_kills_its_worker_is_an_error(ray_session, apps, tmp_path, monkeypatch):
     from fedkd.engine import dispatcher
 
     monkeypatch.setattr(dispatcher, "RETRIES", 0)
-    with RayGrid(apps.counting_app, Nodes.alike(3), workers=1) as grid:
+    with RayGrid(apps.counting_app, Nodes.alike(3), workers=2) as grid:
         with pytest.raises(RunError, match="worker died"):
             grid.measure([apps.ask(grid, [1], die=1, marker=str(tmp_path / "died"), always=True)])
         (reply,) = grid.send_and_receive(apps.ask(grid, [0]))  # there is a new worker

@@ -62,12 +62,12 @@ class Foreign:
     """A grid that is not ours: it cannot compute."""
 
 
-@pytest.mark.parametrize("buffers", ["all", "params_only"])
-def test_outputs_have_the_same_bits_wherever_they_are_computed(small, ray_session, buffers):
+@pytest.mark.parametrize(("buffers", "workers"), [("all", 1), ("params_only", 2)])
+def test_outputs_have_the_same_bits_wherever_they_are_computed(small, ray_session, buffers, workers):
     norm = "group" if buffers == "all" else "batch"
     scenario = small("feddf", **IMAGES, models__norm=norm, models__buffers=buffers)
     found = []
-    for make, options in ((InlineGrid, {}), (RayGrid, {"workers": 1}), (RayGrid, {"workers": 2})):
+    for make, options in ((InlineGrid, {}), (RayGrid, {"workers": workers})):
         with trained(scenario, make, **options) as strategy:
             test = strategy.server.federation.test
             found.append(torch.cat([*all_logits(strategy, test), *all_logits(strategy, strategy.server.proxy.data)]))
@@ -79,7 +79,7 @@ def test_outputs_have_the_same_bits_wherever_they_are_computed(small, ray_sessio
                 with one_thread():
                     states = [strategy.server.complete("cnn", upload.state) for upload in strategy.members]
                     plain = [predict(model, test, range(1100), state=s, channels_last=True) for s in states]
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert torch.equal(found[0], found[1])
     assert torch.equal(torch.cat(foreign), found[0][: len(foreign) * 1100])
     assert torch.equal(torch.cat(plain), torch.cat(foreign))  # shards change nothing
 
