@@ -277,7 +277,7 @@ def _use_cache(cache: Path | None) -> None:
 
 
 def _import_libraries() -> None:
-    """Import PyTorch, Flower and all that a run needs; looking for garbage meanwhile would take a tenth of the time."""
+    """Import PyTorch, Flower and all that a run needs, without looking for garbage meanwhile."""
     with paused():
         importlib.import_module("fedkd.run")
 

@@ -16,7 +16,7 @@ os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 HEALTH_CHECK = {"initial_delay_ms": 0, "period_ms": 500, "timeout_ms": 2000, "failure_threshold": 4}
 os.environ.update({f"RAY_health_check_{name}": str(value) for name, value in HEALTH_CHECK.items()})
 
-# What is imported stays: passes over all of it would take a twentieth of the run. Tests of garbage ask for them.
+# What is imported stays, and passes over all of it take time. Tests of garbage ask for them.
 gc.set_threshold(*gc.get_threshold()[:2], 1000)
 
 

@@ -397,11 +397,8 @@ def test_what_a_cohort_takes_follows_from_a_few_steps_or_from_all(small):
     report, calls = look(alike(small), steady(1.3))  # eight clients with ten steps of 3 ms take 0.24 s
     assert {steps for _, count, steps in calls if count > 1} == {4, 10}  # four for the memory
     other, calls = look(alike(small, client__steps=40), steady(1.3))
-    assert {steps for _, count, steps in calls if count > 1} == {
-        4,
-        1,
-        13,
-    }  # a step takes 2.25 ms with all that is beside
+    # A step takes 2.25 ms with all that is beside.
+    assert {steps for _, count, steps in calls if count > 1} == {4, 1, 13}
     for found, seconds in ((report, 0.030), (other, 0.090)):
         took = found.facts["architectures"]["mlp"]
         assert took["sequential"]["seconds"] == pytest.approx(seconds)

@@ -91,7 +91,7 @@ def test_a_resumed_run_has_the_same_metrics(small, tmp_path, strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=IDS)
 def test_ray_gives_the_same_bits_as_this_process(small, tmp_path, strategy, ray_session):
     inline = run.execute(with_stateful_clients(small, strategy), out=tmp_path / "inline")
-    for workers in (1, 2) if strategy["name"] == "feddf" else (2,):
+    for workers in (1, 2) if strategy["name"] in ("feddf", "fd") else (2,):
         scenario = with_stateful_clients(small, strategy, system__engine="ray", system__workers=workers)
         on_ray = run.execute(scenario, out=tmp_path / str(workers))
         assert metrics(on_ray.folder) == metrics(inline.folder)
