@@ -10,7 +10,7 @@ from typing import Any
 
 from common import workload as workload_of
 from common import write_data
-from harness import SideFailed, run_side
+from harness import SideFailed, run_command, run_side
 
 NO_PFL = "pfl is not installed; see README.md"
 
@@ -64,7 +64,7 @@ class Bench:
         workload : str
             The workload.
         *names : str
-            The sides.
+            The sides; ``command`` is ``fedkd run``, until its first round is over.
         rounds, warmup : int
             Rounds to measure (default: as the command line says), and before them.
         label : str
@@ -73,6 +73,9 @@ class Bench:
             Options of the side.
         """
         wanted = self.rounds if rounds is None else rounds
+        length = {"rounds": min(wanted, 2), "warmup": 1} if self.quick else {"rounds": wanted, "warmup": warmup}
+        place = workload, self.data(workload)
+        common = {"quick": self.quick, "path": self.path, "env": {"FEDKD_CACHE": str(self.folder / "cache")}}
         for name in names:
             key = label or f"{workload}/{name}"
             if "error" in self.sides.get(key, {}):
@@ -80,17 +83,10 @@ class Bench:
             try:
                 if name == "pfl" and not self.pfl:
                     raise SideFailed(NO_PFL)
-                result = run_side(
-                    name,
-                    workload,
-                    self.data(workload),
-                    rounds=min(wanted, 2) if self.quick else wanted,
-                    warmup=1 if self.quick else warmup,
-                    quick=self.quick,
-                    path=self.path,
-                    env={"FEDKD_CACHE": str(self.folder / "cache")},
-                    **more,
-                )
+                if name == "command":
+                    result = run_command(*place, **common, **more)
+                else:
+                    result = run_side(name, *place, **common, **length, **more)
             except SideFailed as failure:
                 self.sides[key] = {"error": str(failure)}
                 print(f"  {key}: {failure}", file=sys.stderr, flush=True)

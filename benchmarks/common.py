@@ -286,7 +286,7 @@ def kind_of(pid: int) -> str:
     command = read_proc(pid, "cmdline").replace("\0", " ")
     if command.startswith("ray::"):
         return "rest" if "Agent" in command else "workers"
-    return "workers" if "multiprocessing" in command or "engine.py" in command else "rest"
+    return "workers" if "multiprocessing" in command or "side.py" in command else "rest"
 
 
 def core_seconds() -> dict[str, float]:

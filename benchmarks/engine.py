@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib
 import json
 import signal
 import sys
@@ -22,15 +21,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fedkd.garbage import paused
+from bench import Bench, rounded, table
+from common import workload as workload_of
+from harness import machine, versions
 
-with paused():  # as the command line imports what it needs; every side does so here
-    from bench import Bench, rounded, table
-    from common import Clock, answer, this_side, told
-    from common import workload as workload_of
-    from harness import machine, versions
-
-    from fedkd.environment import git_commit
+from fedkd.environment import git_commit
 
 HERE = Path(__file__).resolve().parent
 SAME = 0.005
@@ -40,24 +35,8 @@ GPU_WORKLOADS = ("GPU-W2", "GPU-W3", "GPU-ResNet-8")
 
 FLOWER, PFL, BARE = "stock Flower", "pfl-research", "bare loop in 2 processes"
 
-SIDES = {
-    "flower": "flower:run",
-    "pfl": "pfl_research:run",
-    "bare": "bare:run",
-    "replies": "ours:replies",
-    "sums": "ours:sums",
-    "apps": "ours:apps",
-    "scenario": "runs:scenario",
-    "reevaluated": "distillation:reevaluated",
-    "distilled": "distillation:distilled",
-    "limits": "gpu:limits",
-}
-"""Where each side's function is: ``function(side, clock)`` returns what `Clock.result` does."""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    if arguments is None and sys.argv[1:] == ["--side"]:
-        return be_side()
     options = parse(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the side that runs is stopped too
     chosen = GPU_PARTS if options.gpu else PARTS
@@ -111,16 +90,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pfl", default="", help="folder into which pfl was installed (pip install --target)")
     parser.add_argument("--out", default="", help="JSON file to write instead of results/engine-<date>.json")
     return parser.parse_args(arguments)
-
-
-def be_side() -> int:
-    """Do what the environment says, in a process that the harness started."""
-    module, _, function = SIDES[told()["side"]].partition(":")
-    clock = Clock(told()["rounds"], told()["warmup"], memory=told().get("memory", False))
-    with paused():
-        side = getattr(importlib.import_module(module), function)
-    answer(side(this_side(), clock))
-    return 0
 
 
 # --- the parts -----------------------------------------------------------------------------------------------
@@ -205,7 +174,7 @@ def start(bench: Bench) -> None:
     for _ in range(bench.turns + 1):
         bench.run("W2", "flower", rounds=0, warmup=1, label="start/flower")
         for engine in ("ray", "inline"):
-            bench.run("W2", "scenario", rounds=0, warmup=1, label=f"start/{engine}", system={"engine": engine})
+            bench.run("W2", "command", label=f"start/{engine}", system={"engine": engine})
     title, inline = "start to end of round 1, W2", "start/inline"
     bench.compare(title, FLOWER, "start/ray", "start/flower", at_most=0.65, of="start")
     if bench.sides.get(inline, {}).get("start"):

@@ -9,14 +9,22 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from subprocess import Popen
+from typing import IO, Any
 
-from common import SIDE, TICKS, descendants, read_proc
+from common import SIDE, TICKS, Side, descendants, read_proc
+from common import workload as workload_of
+from runs import settings_of
 
+from fedkd.scenario import Scenario
+from fedkd.scenario_file import dump
 from fedkd.threads import cores
+
+HERE = Path(__file__).resolve().parent
 
 LIMIT = 300
 """Seconds after which a side is given up."""
@@ -74,27 +82,11 @@ def run_side(
     """
     side = {"side": name, "workload": workload, "folder": str(folder), "quick": quick}
     side |= {"rounds": rounds, "warmup": warmup, **options}
-    here = Path(__file__).resolve().parent
-    environment = os.environ | {
-        SIDE: json.dumps(side),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(here), os.environ.get("PYTHONPATH"), path])),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "PYTHONWARNINGS": "ignore",
-        **(env or {}),
-    }
+    environment = environment_of(side, env or {}, path)
     log = folder / f"{name}.log"
     with Watch(environment[SIDE]) as watch, log.open("w") as errors:
         began = time.time()
-        process = subprocess.Popen(
-            [sys.executable, str(here / "engine.py"), "--side"],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            start_new_session=True,
-        )
+        process = start([sys.executable, str(HERE / "side.py")], environment, subprocess.PIPE, errors)
         try:
             out, _ = process.communicate(timeout=LIMIT)
         except BaseException as error:
@@ -104,13 +96,90 @@ def run_side(
             raise SideFailed(f"not finished after {LIMIT} s") from None
     lines = [line.removeprefix("RESULT ") for line in out.splitlines() if line.startswith("RESULT ")]
     if not lines:
-        tail = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-3:]
-        raise SideFailed(f"exit code {process.returncode}: " + " | ".join(tail))
+        raise SideFailed(f"exit code {process.returncode}: {end_of(log)}")
     result = json.loads(lines[-1])
     if result.get("first"):
         result["start"] = result["first"] - began
     result["others"] = watch.others(*result.get("window", (began, time.time())))
     return result
+
+
+def run_command(
+    workload: str,
+    folder: Path,
+    *,
+    quick: bool,
+    path: str,
+    env: dict[str, str],
+    **settings: Any,
+) -> dict[str, Any]:
+    """Run ``fedkd run`` on a workload until its first round is over, as somebody would who types it.
+
+    Parameters
+    ----------
+    workload, folder, quick, path, env
+        As of `run_side`.
+    **settings
+        Further settings of the scenario, by section.
+
+    Returns
+    -------
+    dict
+        ``start`` and ``others``, see `run_side`; the round is over when its event is in ``metrics.jsonl``.
+
+    Raises
+    ------
+    SideFailed
+        With the end of what it wrote.
+    """
+    side = Side("command", workload_of(workload, quick), folder)
+    table = settings_of(side, rounds=2)  # the last round would be evaluated
+    table |= {section: table[section] | values for section, values in settings.items()}
+    out = Path(tempfile.mkdtemp(dir=folder))
+    file, log = out / "scenario.toml", out / "command.log"
+    file.write_text(dump(Scenario.model_validate(table)))
+    environment = environment_of({"side": side.name, "workload": workload}, env, path)
+    with Watch(environment[SIDE]) as watch, log.open("w") as said:
+        began = time.time()
+        command = [sys.executable, "-m", "fedkd.cli", "run", str(file), "--out", str(out)]
+        process = start(command, environment, said, said)
+        try:
+            while not (over := any('"event": "round"' in each.read_text() for each in out.rglob("metrics.jsonl"))):
+                if process.poll() is not None or time.time() - began > LIMIT:
+                    break
+                time.sleep(0.01)
+            end = time.time()
+            process.terminate()
+            process.wait(timeout=LIMIT)
+        finally:
+            stop(process.pid)
+    if not over:
+        raise SideFailed(f"exit code {process.returncode} after {end - began:.0f} s: {end_of(log)}")
+    return {"start": end - began, "others": watch.others(began, end)}
+
+
+def environment_of(side: dict[str, Any], more: dict[str, str], path: str) -> dict[str, str]:
+    """Return the environment of a side's processes."""
+    return {
+        **os.environ,
+        SIDE: json.dumps(side),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH"), path])),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONWARNINGS": "ignore",
+        **more,
+    }
+
+
+def start(command: list[str], environment: dict[str, str], out: int | IO[str], errors: IO[str]) -> Popen[str]:
+    """Start a side's process, in a session of its own."""
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": errors}
+    return Popen(command, env=environment, **streams, text=True, start_new_session=True)
+
+
+def end_of(log: Path) -> str:
+    """Return the last lines of a log."""
+    return " | ".join([line for line in log.read_text(errors="replace").splitlines() if line.strip()][-3:])
 
 
 def stop(pid: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import keyword
 import os
 import sys
@@ -20,8 +19,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedkd import __version__
-from fedkd.errors import DataError, FedKDError, RunError, ScenarioError, errors_in
-from fedkd.garbage import paused
+from fedkd.cluster import exit_now, is_starting
+from fedkd.errors import FedKDError, RunError, ScenarioError, errors_in
+from fedkd.garbage import import_heavy
 from fedkd.scenario_file import find, load, shipped
 from fedkd.wording import did_you_mean
 
@@ -71,6 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         0; 2 for a wrong command line, scenario or data; 1 for a run that failed; 130 after Ctrl-C.
     """
+    code = _obey(argv)
+    if argv is None and is_starting():
+        exit_now(code)
+    return code
+
+
+def _obey(argv: Sequence[str] | None) -> int:
     try:
         code = app(args=None if argv is None else list(argv), prog_name="fedkd", standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -137,9 +144,13 @@ def run(
     """Run a scenario; where it has a sweep, all of its cells that are not finished."""
     system = {"address": address, "engine": engine, "workers": workers}
     given = [f"system.{key}={value}" for key, value in system.items() if value is not None]
-    document, cells = _checked(scenario, [*(set_ or []), *given], cache)
+    _use_cache(cache)
+    document = load(scenario, [*(set_ or []), *given])
     from fedkd.jobs import execute_sweep
     from fedkd.screen import Screen
+    from fedkd.sweep import expand
+
+    cells = expand(document, checked=False)  # what needs the libraries is checked while Ray starts
 
     with (
         _resumable("fedkd resume, for each run that is not finished" if fresh else "the same command"),
@@ -160,7 +171,7 @@ def resume(
 ) -> None:
     """Go on with an interrupted run, to the same results as without the interruption."""
     _use_cache(cache)
-    _import_libraries()
+    import_heavy("fedkd.run")
     from fedkd import run as runs
     from fedkd.screen import Screen
 
@@ -276,17 +287,11 @@ def _use_cache(cache: Path | None) -> None:
         os.environ["FEDKD_CACHE"] = os.path.abspath(os.path.expanduser(cache))
 
 
-def _import_libraries() -> None:
-    """Import PyTorch, Flower and all that a run needs, without looking for garbage meanwhile."""
-    with paused():
-        importlib.import_module("fedkd.run")
-
-
 def _checked(scenario: str, overrides: Sequence[str], cache: Path | None) -> tuple[Document, list[Cell]]:
     """Read a scenario and check all that can be checked, data included, before anything is written."""
     _use_cache(cache)
     document = load(scenario, overrides)
-    _import_libraries()
+    import_heavy("fedkd.run")
     from fedkd.sweep import expand
 
     cells = expand(document)
@@ -300,10 +305,7 @@ def _federation(document: Document, cell: Cell) -> Federation:
     from fedkd.data.federation import build_federation
 
     with errors_in(document.file):
-        try:
-            federation = build_federation(cell.scenario)
-        except DataError as error:
-            raise DataError(f"{document.file}: {error}") from error
+        federation = build_federation(cell.scenario)
         check_data(cell.scenario, federation)
     return federation
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from fedkd.errors import RunError
 from fedkd.kept import kept_workers
@@ -34,32 +35,101 @@ def shared_engine(scenario: Scenario, meanwhile: Callable[[], T] = lambda: None)
     scenario : Scenario
         Says whether Ray is wanted.
     meanwhile : callable
-        Something to do while Ray starts; the context's value is what it returns.
+        Something to do while Ray starts; the context's value is what it returns. If it fails, nobody waits for Ray.
     """
     if scenario.system.engine == "inline":
         yield meanwhile()
         return
     import ray
 
+    for thread in _Ray.alive():
+        if thread.over.is_set():
+            thread.join()
     if ray.is_initialized():
         yield meanwhile()
         return
-    done: Future[T] = Future()
-    # Ray has to be started by the main thread, which hears Ctrl-C.
-    threading.Thread(target=_fill, args=(done, meanwhile), name="fedkd-prepare", daemon=True).start()
-    try:
-        start_ray(scenario.system.address, scenario.system.workers)
-        with kept_workers():
-            yield done.result()
-    finally:  # also of a start that Ctrl-C has interrupted
+    with _interrupted_by_sigterm():
+        thread = _Ray(scenario.system.address, scenario.system.workers)
+        thread.start()
+        try:
+            value = meanwhile()
+            thread.started.result()
+            with _interrupted_by_sigterm(), kept_workers():  # once more: Ray has set a handler of its own
+                yield value
+        finally:
+            thread.over.set()
+            if thread.started.done():  # else whoever has failed, or was interrupted, does not wait for it
+                thread.join()
+
+
+def is_starting() -> bool:
+    """Whether a Ray is being started here, for which Python would wait when it exits."""
+    return any(not thread.started.done() for thread in _Ray.alive())
+
+
+def exit_now(code: int) -> NoReturn:
+    """End this process and what there is of a Ray that is still starting.
+
+    Parameters
+    ----------
+    code : int
+        Exit code.
+    """
+    import psutil
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for process in psutil.Process().children(recursive=True):  # agents of Ray would outlive the others by a minute
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    os._exit(code)
+
+
+class _Ray(threading.Thread):
+    """Starts Ray, and lives until it is over: on Linux, processes end with the thread that has started them.
+
+    Parameters
+    ----------
+    address, workers
+        As of `start_ray`.
+    """
+
+    def __init__(self, address: str, workers: int) -> None:
+        super().__init__(name="fedkd-ray", daemon=True)
+        self.address, self.workers = address, workers
+        self.started: Future[None] = Future()
+        self.over = threading.Event()
+
+    @classmethod
+    def alive(cls) -> list[_Ray]:
+        """Return those that there are."""
+        return [thread for thread in threading.enumerate() if isinstance(thread, cls)]
+
+    def run(self) -> None:
+        """Start Ray, wait, and stop it."""
+        import ray
+
+        try:
+            start_ray(self.address, self.workers)
+        except BaseException as error:  # raised where the start is waited for
+            self.started.set_exception(error)
+        else:
+            self.started.set_result(None)
+            self.over.wait()
         ray.shutdown()
 
 
-def _fill(future: Future[T], function: Callable[[], T]) -> None:
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM, which batch systems send, do what Ctrl-C does; after Ray's own handler, processes may abort."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        future.set_result(function())
-    except BaseException as error:  # raised where the result is asked for
-        future.set_exception(error)
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def worker_env() -> dict[str, str]:

@@ -41,7 +41,19 @@ class ScenarioError(FedKDError):
 
 
 class DataError(FedKDError):
-    """Data cannot be had or cannot be read; the message says how to get or mend them."""
+    """Data cannot be had or cannot be read; the message says how to get or mend them.
+
+    Parameters
+    ----------
+    problem : str
+        What is wrong, and the way out.
+    """
+
+    file = ""
+    """Scenario file; filled in where it is known."""
+
+    def __str__(self) -> str:
+        return (f"{self.file}: " if self.file else "") + super().__str__()
 
 
 class KnowledgeError(FedKDError):
@@ -88,10 +100,10 @@ class LostError(RunError):
 
 @contextmanager
 def errors_in(file: str) -> Iterator[None]:
-    """Put the file's name into scenario errors raised inside that do not know it."""
+    """Put the scenario file's name into errors raised inside that do not know it."""
     try:
         yield
-    except ScenarioError as error:
+    except (ScenarioError, DataError) as error:
         error.file = error.file or file
         raise
 

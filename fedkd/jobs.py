@@ -18,13 +18,12 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
 from fedkd.cluster import shared_engine
 from fedkd.errors import FedKDError, RunError, ScenarioError, errors_in
+from fedkd.garbage import import_heavy
 from fedkd.listening import Listener, Result
-from fedkd.run import execute, prepare
 from fedkd.run_folder import folder_of, is_finished
+from fedkd.sweep import check_cells
 from fedkd.threads import cores, limit_cores
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def execute_sweep(
     Parameters
     ----------
     cells : sequence of Cell
-        The cells; all are checked before the first one runs.
+        The cells; all are checked, data included, before the first one runs.
     jobs : int
         Runs at once. 1 (default) = one after another, in this process. More need ``system.engine = "inline"``, and a
         GPU each where GPUs are used. Every run has an equal share of the cores; where ``system.server_threads`` is not
@@ -70,7 +69,7 @@ def execute_sweep(
     Raises
     ------
     ScenarioError, DataError
-        A cell cannot be run as written, or not beside others; nothing was run.
+        A cell cannot be run as written, or not beside others; nothing was run or written.
     KeyboardInterrupt
         Ctrl-C. What was finished is kept, and the same call goes on with the rest.
     """
@@ -87,6 +86,8 @@ def execute_sweep(
         pending, key=lambda scenario: (scenario.system.engine != "inline", scenario.system.workers), default=None
     )
     with shared_engine(largest, meanwhile=partial(_check, cells, file)) if largest else nullcontext():
+        from fedkd.run import execute
+
         for cell in cells:
             try:
                 result = execute(cell.scenario, out=out, file=file, fresh=fresh, listener=listener)
@@ -98,17 +99,24 @@ def execute_sweep(
 
 def _check(cells: Sequence[Cell], file: str) -> None:
     """Check all cells, as far as possible without writing anything."""
-    for cell in cells:
-        with errors_in(file):
+    import_heavy("fedkd.run")
+    from fedkd.run import prepare
+
+    with errors_in(file):
+        check_cells(cells)
+        for cell in cells:
             prepare(cell.scenario)
 
 
 def _check_beside(scenario: Scenario, jobs: int) -> None:
     """Refuse runs that would be in each other's way."""
-    system, gpus = scenario.system, torch.cuda.device_count()
+    system = scenario.system
     if system.engine != "inline":
         hint = "add --engine inline, or leave out --jobs: on Ray, one run uses all cores"
         raise ScenarioError("several runs at once need the inline engine", key="--jobs", hint=hint)
+    import torch
+
+    gpus = torch.cuda.device_count()
     if system.device != "cpu" and 0 < gpus < jobs:
         hint = f"ask for at most {gpus}, or add --set system.device=cpu"
         raise ScenarioError("every run needs a GPU of its own", key="--jobs", hint=hint)
@@ -141,6 +149,8 @@ class _Job:
 @contextmanager
 def _one_gpu(place: int) -> Iterator[None]:
     """Let a process that is started here see one of the GPUs alone: as its first one, in all of its threads."""
+    import torch
+
     before, count = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
     if count > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = (before.split(",") if before else [str(n) for n in range(count)])[
@@ -193,6 +203,8 @@ def _side_by_side(cells: Sequence[Cell], order: _Order, jobs: int, listener: Lis
                 job.begun, job.new = True, False
                 if what == "run_started":
                     folder, done = said
+                    from fedkd.run import prepare
+
                     scenario = cells[job.cell].scenario
                     job.listener.run_started(folder, scenario, prepare(scenario)[0], done)
                 elif what == "refused":  # bad input, of which nobody has said so before
@@ -256,6 +268,11 @@ def _serve(connection: Connection, jobs: int, order: _Order) -> None:
     """Run what the parent sends, until it sends None."""
     if hasattr(os, "setsid"):
         os.setsid()  # Ctrl-C is for the parent, which passes it on once
+    import_heavy("fedkd.run")
+    import torch
+
+    from fedkd.run import execute
+
     limit_cores(max(1, cores() // jobs))
     torch.set_num_threads(cores())
     listener = _Reporter(connection)

@@ -8,14 +8,16 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
-from safetensors.torch import save_file
+from typing import TYPE_CHECKING
 
 from fedkd.errors import RunError
 from fedkd.files import write_atomic
 from fedkd.scenario import Scenario, digest
-from fedkd.server.runtime import Event
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedkd.server.runtime import Event
 
 
 def folder_of(scenario: Scenario, out: Path, fresh: bool) -> Path:
@@ -55,6 +57,8 @@ def read_metrics(folder: Path) -> list[Event]:
 
 def write_model(path: Path, state: Mapping[str, torch.Tensor], arch: str) -> None:
     """Write a model as safetensors, whole or not at all; its architecture is in the metadata."""
+    from safetensors.torch import save_file  # here: whether a run is finished is known without PyTorch
+
     temporary = path.with_suffix(".tmp")
     save_file({name: t.contiguous() for name, t in state.items()}, temporary, metadata={"arch": arch})
     os.replace(temporary, path)

@@ -95,7 +95,6 @@ class Screen(Listener):
         self.accuracy = ""
 
     def __enter__(self) -> Self:
-        self.progress.start()
         return self
 
     def __exit__(self, *stopped: object) -> None:
@@ -109,6 +108,7 @@ class Screen(Listener):
             print_federation(self.console, scenario, federation)
         title = self.titles.get(_key(scenario), scenario.label or scenario.strategy.name)
         self.accuracy = ""
+        self.progress.start()  # not before there is something to show
         self.task = self.progress.add_task(title, total=scenario.run.rounds, completed=done, status="starting")
 
     def preflight(self, report: Report) -> None:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +69,7 @@ def expand(document: Document, *, checked: bool = True) -> list[Cell]:
     document : Document
         As `fedkd.scenario_file.load` returns it.
     checked : bool
-        Whether each cell goes through `fedkd.checks.check`.
+        Whether the cells go through `check_cells`.
 
     Returns
     -------
@@ -111,20 +111,23 @@ def expand(document: Document, *, checked: bool = True) -> list[Cell]:
                     problem = f"{_text(seen[mark].values)!r} and {_text(cell.values)!r} are the same scenario"
                     raise ScenarioError(problem, key="sweep", hint="leave one of them out")
                 seen[mark] = cell
-                if checked:
-                    with _errors_at(repr(cell.title) if sweep else ""):
-                        _check(cell.scenario)
                 cells.append(cell)
         for label in sweep.only if sweep else ():
             if label not in labels:
                 hint = did_you_mean(label, labels, "labels")
                 raise ScenarioError(f"no cell is called {label!r}", key="sweep.only", hint=hint)
+        if checked:
+            check_cells(cells)
     return cells
 
 
-def _check(scenario: Scenario) -> None:
+def check_cells(cells: Sequence[Cell]) -> None:
+    """Check each cell as `fedkd.checks.check` does, and say of the first wrong one where it is in the sweep."""
     # By name, as the checks stand above this module; they import torch, which only those who check should wait for.
-    importlib.import_module("fedkd.checks").check(scenario)
+    check = importlib.import_module("fedkd.checks").check
+    for cell in cells:
+        with _errors_at(repr(cell.title) if cell.values else ""):
+            check(cell.scenario)
 
 
 def _cell(document: Document, case: Mapping[str, Any], point: dict[str, Any]) -> Cell:

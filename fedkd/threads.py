@@ -4,8 +4,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 _limit: int | None = None
 
 
@@ -24,6 +22,8 @@ def limit_cores(number: int) -> None:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Compute with one torch thread: two change the bits of every convolution. Restored afterwards."""
+    import torch  # here: who counts cores does not wait for it
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

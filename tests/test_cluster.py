@@ -36,10 +36,35 @@ assert not ray.is_initialized()
 """
 
 
+FAILED = """
+import ray
+from fedkd.cluster import is_starting, shared_engine
+from fedkd.scenario import Scenario
+
+def fails():
+    raise KeyError("meanwhile")
+
+scenario = Scenario.model_validate({"name": "t", "strategy": {"name": "fedavg"}, "system": {"workers": 1}})
+try:
+    with shared_engine(scenario, meanwhile=fails):
+        pass
+except KeyError:
+    assert is_starting()
+with shared_engine(scenario):  # waits for the other one to be gone
+    assert ray.is_initialized() and not is_starting()
+assert not ray.is_initialized()
+"""
+
+
 def workers_find_what_they_need(shortcut, **env):
     script = STARTED.format(shortcut=shortcut)
     kept = {name: value for name, value in os.environ.items() if name not in cluster.THREADS}
     done = subprocess.run([sys.executable, "-c", script], env=kept | env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_who_fails_while_ray_starts_does_not_wait_for_it():
+    done = subprocess.run([sys.executable, "-c", FAILED], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 

@@ -119,17 +119,39 @@ def test_a_driver_that_is_killed_leaves_no_worker_and_is_resumed(small, tmp_path
     assert metrics(resumed.folder) == metrics(expected.folder)
 
 
-def test_ctrl_c_stops_within_seconds_and_leaves_no_process(small, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_an_interrupt_stops_within_seconds_and_leaves_no_process(small, tmp_path, sent):
     slow = small("fedavg", client__epochs=3_000, run__rounds=50, system__engine="ray", system__workers=2)
     driver = start(tmp_path, slow, session=True)
     wait_until(lambda: alive(driver) and processes("ray::Worker.run", session=driver.pid), seconds=180)
     began = time.monotonic()
-    os.kill(driver.pid, signal.SIGINT)
+    os.kill(driver.pid, sent)
     output, _ = driver.communicate(timeout=30)
 
     assert driver.returncode == 130 and "fedkd resume" in output
     assert time.monotonic() - began < 15  # seconds on a busy machine, against minutes for the cohorts
     wait_until(lambda: not processes("", session=driver.pid), seconds=15)
+
+
+def test_an_interrupt_while_ray_starts_leaves_no_process(small, tmp_path):
+    driver = start(tmp_path, small("fedavg", system__engine="ray", system__workers=2), session=True)
+    wait_until(lambda: alive(driver) and processes("raylet/raylet", session=driver.pid))
+    os.kill(driver.pid, signal.SIGINT)
+    output, _ = driver.communicate(timeout=30)
+
+    assert driver.returncode == 130 and "go on with: the same command" in output
+    wait_until(lambda: not processes("", session=driver.pid), seconds=15)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_mistake_that_is_found_while_ray_starts_leaves_no_process(small, tmp_path):
+    wrong = small({"name": "fedavg", "mu": 1.0}, system__engine="ray", system__workers=2)
+    driver = start(tmp_path, wrong, session=True)
+    output, _ = driver.communicate(timeout=90)
+
+    assert driver.returncode == 2 and "scenario.toml: strategy.mu: fedavg has no hyper-parameter 'mu'" in output
+    wait_until(lambda: not processes("", session=driver.pid), seconds=15)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_node_that_leaves_takes_states_with_it_that_come_from_the_checkpoint(tmp_path):
