@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from subprocess import Popen
 from typing import IO, Any
@@ -150,7 +151,8 @@ def run_command(
                 time.sleep(0.01)
             end = time.time()
             process.terminate()
-            process.wait(timeout=LIMIT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=LIMIT)
         finally:
             stop(process.pid)
     if not over:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import keyword
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING
@@ -18,10 +20,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedkd import __version__
-from fedkd.cluster import exit_now, is_starting
+from fedkd import __version__, cluster
 from fedkd.errors import FedKDError, RunError, ScenarioError, errors_in
-from fedkd.garbage import import_heavy
+from fedkd.libraries import import_libraries
 from fedkd.scenario_file import find, load, shipped
 from fedkd.wording import did_you_mean
 
@@ -71,10 +72,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         0; 2 for a wrong command line, scenario or data; 1 for a run that failed; 130 after Ctrl-C.
     """
-    code = _obey(argv)
-    if argv is None and is_starting():
-        exit_now(code)
+    if argv is not None:
+        return _obey(argv)
+    cluster.wait_for_starts = False
+    try:
+        with _interrupted_by_sigterm():
+            code = _obey(None)
+    except Exception:  # a mistake of ours, or of a plugin
+        traceback.print_exc()
+        code = 1
+    if cluster.is_there():
+        cluster.exit_now(code)
     return code
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM, which batch systems send, do what Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _obey(argv: Sequence[str] | None) -> int:
@@ -171,7 +190,7 @@ def resume(
 ) -> None:
     """Go on with an interrupted run, to the same results as without the interruption."""
     _use_cache(cache)
-    import_heavy("fedkd.run")
+    import_libraries()
     from fedkd import run as runs
     from fedkd.screen import Screen
 
@@ -291,7 +310,7 @@ def _checked(scenario: str, overrides: Sequence[str], cache: Path | None) -> tup
     """Read a scenario and check all that can be checked, data included, before anything is written."""
     _use_cache(cache)
     document = load(scenario, overrides)
-    import_heavy("fedkd.run")
+    import_libraries()
     from fedkd.sweep import expand
 
     cells = expand(document)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -23,6 +24,10 @@ T = TypeVar("T")
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
+wait_for_starts = True
+"""Whether a start that is not wanted any more is waited for, so that Ray is gone afterwards; the command line calls
+`exit_now` instead."""
+
 _started: tuple[str, dict[str, str]] = "", {}  # address of the Ray that is here, and what its processes were given
 
 
@@ -35,7 +40,7 @@ def shared_engine(scenario: Scenario, meanwhile: Callable[[], T] = lambda: None)
     scenario : Scenario
         Says whether Ray is wanted.
     meanwhile : callable
-        Something to do while Ray starts; the context's value is what it returns. If it fails, nobody waits for Ray.
+        Something to do while Ray starts; the context's value is what it returns. If it fails, Ray is stopped again.
     """
     if scenario.system.engine == "inline":
         yield meanwhile()
@@ -48,27 +53,28 @@ def shared_engine(scenario: Scenario, meanwhile: Callable[[], T] = lambda: None)
     if ray.is_initialized():
         yield meanwhile()
         return
-    with _interrupted_by_sigterm():
-        thread = _Ray(scenario.system.address, scenario.system.workers)
+    thread = _Ray(scenario.system.address, scenario.system.workers)
+    try:
         thread.start()
-        try:
-            value = meanwhile()
-            thread.started.result()
-            with _interrupted_by_sigterm(), kept_workers():  # once more: Ray has set a handler of its own
-                yield value
-        finally:
-            thread.over.set()
-            if thread.started.done():  # else whoever has failed, or was interrupted, does not wait for it
-                thread.join()
+        value = meanwhile()
+        thread.started.result()
+    except BaseException:
+        thread.end(wait=wait_for_starts)
+        raise
+    try:
+        with kept_workers():
+            yield value
+    finally:
+        thread.end()
 
 
-def is_starting() -> bool:
-    """Whether a Ray is being started here, for which Python would wait when it exits."""
-    return any(not thread.started.done() for thread in _Ray.alive())
+def is_there() -> bool:
+    """Whether there is a Ray that `shared_engine` has begun to start, and that has not been stopped yet."""
+    return bool(_Ray.alive())
 
 
 def exit_now(code: int) -> NoReturn:
-    """End this process and what there is of a Ray that is still starting.
+    """End this process and what there is of Ray, instead of waiting until it has started and stopped.
 
     Parameters
     ----------
@@ -105,6 +111,12 @@ class _Ray(threading.Thread):
         """Return those that there are."""
         return [thread for thread in threading.enumerate() if isinstance(thread, cls)]
 
+    def end(self, wait: bool = True) -> None:
+        """Let Ray be stopped as soon as it has started, and wait for that unless told not to."""
+        self.over.set()
+        if wait and self.is_alive():  # Ctrl-C may have come before it was
+            self.join()
+
     def run(self) -> None:
         """Start Ray, wait, and stop it."""
         import ray
@@ -117,19 +129,6 @@ class _Ray(threading.Thread):
             self.started.set_result(None)
             self.over.wait()
         ray.shutdown()
-
-
-@contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM, which batch systems send, do what Ctrl-C does; after Ray's own handler, processes may abort."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def worker_env() -> dict[str, str]:
@@ -178,7 +177,7 @@ def start_ray(address: str, workers: int) -> None:
     alike = all(os.environ.get(name, "1") == "1" for name in THREADS)  # Ray leaves alone what somebody has set
     try:
         # Ray sees to the threads of a worker itself; here, libraries that are being imported would read these.
-        with _environment({name: value for name, value in env.items() if name not in THREADS}):
+        with _own_sigterm(), _environment({name: value for name, value in env.items() if name not in THREADS}):
             ray.init(**settings)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise RunError(f"Ray cannot be {'joined at ' + address if address else 'started'}: {error}") from error
@@ -194,6 +193,26 @@ def runtime_env() -> dict[str, Any] | None:
 
     env = worker_env()
     return None if _started == (ray.get_runtime_context().gcs_address, env) else {"env_vars": env}
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the handler of SIGTERM: after Ray's own, a process aborts if it takes more than seconds to end."""
+    if threading.current_thread() is threading.main_thread():
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        return
+    get, put = ctypes.pythonapi.PyOS_getsig, ctypes.pythonapi.PyOS_setsig
+    get.argtypes, get.restype = [ctypes.c_int], ctypes.c_void_p
+    put.argtypes, put.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    handler = get(signal.SIGTERM)  # as `signal.signal` may be called by the main thread alone
+    try:
+        yield
+    finally:
+        put(signal.SIGTERM, handler)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """The garbage collector, kept from what is there to stay: where PyTorch is imported, that is a lot to look at."""
 
 import gc
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -52,15 +51,3 @@ def paused() -> Iterator[None]:
                 gc.freeze()
                 gc.unfreeze()  # into the oldest generation
             gc.enable()
-
-
-def import_heavy(module: str) -> None:
-    """Import a module that brings PyTorch, Flower and the like with it, without the collector.
-
-    Parameters
-    ----------
-    module : str
-        Its dotted name.
-    """
-    with paused():
-        importlib.import_module(module)

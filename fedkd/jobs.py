@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fedkd.cluster import shared_engine
 from fedkd.errors import FedKDError, RunError, ScenarioError, errors_in
-from fedkd.garbage import import_heavy
+from fedkd.libraries import import_libraries
 from fedkd.listening import Listener, Result
 from fedkd.run_folder import folder_of, is_finished
 from fedkd.sweep import check_cells
@@ -75,9 +75,8 @@ def execute_sweep(
     """
     listener = listener or Listener()
     if jobs > 1:
-        for cell in cells:
-            with errors_in(file):
-                _check_beside(cell.scenario, jobs)
+        with errors_in(file):
+            _check_beside(cells, jobs)
         _check(cells, file)
         return _side_by_side(cells, _Order(out, file, fresh), min(jobs, len(cells)), listener)
     finished, failed = [], []
@@ -85,7 +84,8 @@ def execute_sweep(
     largest = max(
         pending, key=lambda scenario: (scenario.system.engine != "inline", scenario.system.workers), default=None
     )
-    with shared_engine(largest, meanwhile=partial(_check, cells, file)) if largest else nullcontext():
+    check = partial(_check, cells, file)
+    with shared_engine(largest, meanwhile=check) if largest else nullcontext(check(data=False)):
         from fedkd.run import execute
 
         for cell in cells:
@@ -97,27 +97,28 @@ def execute_sweep(
     return finished, failed
 
 
-def _check(cells: Sequence[Cell], file: str) -> None:
+def _check(cells: Sequence[Cell], file: str, data: bool = True) -> None:
     """Check all cells, as far as possible without writing anything."""
-    import_heavy("fedkd.run")
+    import_libraries()
+    from fedkd.checks import check
     from fedkd.run import prepare
 
     with errors_in(file):
-        check_cells(cells)
-        for cell in cells:
-            prepare(cell.scenario)
+        check_cells(cells, check)
+        if data:
+            check_cells(cells, prepare)
 
 
-def _check_beside(scenario: Scenario, jobs: int) -> None:
+def _check_beside(cells: Sequence[Cell], jobs: int) -> None:
     """Refuse runs that would be in each other's way."""
-    system = scenario.system
-    if system.engine != "inline":
+    if any(cell.scenario.system.engine != "inline" for cell in cells):
         hint = "add --engine inline, or leave out --jobs: on Ray, one run uses all cores"
         raise ScenarioError("several runs at once need the inline engine", key="--jobs", hint=hint)
+    import_libraries()
     import torch
 
     gpus = torch.cuda.device_count()
-    if system.device != "cpu" and 0 < gpus < jobs:
+    if 0 < gpus < jobs and any(cell.scenario.system.device != "cpu" for cell in cells):
         hint = f"ask for at most {gpus}, or add --set system.device=cpu"
         raise ScenarioError("every run needs a GPU of its own", key="--jobs", hint=hint)
 
@@ -268,15 +269,15 @@ def _serve(connection: Connection, jobs: int, order: _Order) -> None:
     """Run what the parent sends, until it sends None."""
     if hasattr(os, "setsid"):
         os.setsid()  # Ctrl-C is for the parent, which passes it on once
-    import_heavy("fedkd.run")
-    import torch
-
-    from fedkd.run import execute
-
     limit_cores(max(1, cores() // jobs))
-    torch.set_num_threads(cores())
     listener = _Reporter(connection)
     try:
+        import_libraries()
+        import torch
+
+        from fedkd.run import execute
+
+        torch.set_num_threads(cores())
         while (scenario := connection.recv()) is not None:
             try:
                 result = execute(scenario, **order._asdict(), listener=listener)

@@ -166,7 +166,10 @@ def resume(folder: Path, *, listener: Listener | None = None) -> Result:
     if (result := _finished(folder, listener)) is not None:
         return result
     scenario = load(str(path)).scenario
-    with shared_engine(scenario, meanwhile=partial(prepare, scenario)) as (federation, strategy):
+    with (
+        errors_in(str(path)),
+        shared_engine(scenario, meanwhile=partial(prepare, scenario)) as (federation, strategy),
+    ):
         return _run(folder, scenario, federation, strategy, listener)
 
 

@@ -98,7 +98,8 @@ class Screen(Listener):
         return self
 
     def __exit__(self, *stopped: object) -> None:
-        self.progress.stop()
+        if self.progress.live.is_started:  # else it would print an empty line
+            self.progress.stop()
 
     def run_started(self, folder: Path, scenario: Scenario, federation: Federation, done: int) -> None:
         """Show the federation, if it is a new one, and a bar."""

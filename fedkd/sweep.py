@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +69,7 @@ def expand(document: Document, *, checked: bool = True) -> list[Cell]:
     document : Document
         As `fedkd.scenario_file.load` returns it.
     checked : bool
-        Whether the cells go through `check_cells`.
+        Whether the cells go through `fedkd.checks.check`.
 
     Returns
     -------
@@ -117,14 +117,21 @@ def expand(document: Document, *, checked: bool = True) -> list[Cell]:
                 hint = did_you_mean(label, labels, "labels")
                 raise ScenarioError(f"no cell is called {label!r}", key="sweep.only", hint=hint)
         if checked:
-            check_cells(cells)
+            # By name, as the checks stand above this module; they import torch, for which only who checks should wait.
+            check_cells(cells, importlib.import_module("fedkd.checks").check)
     return cells
 
 
-def check_cells(cells: Sequence[Cell]) -> None:
-    """Check each cell as `fedkd.checks.check` does, and say of the first wrong one where it is in the sweep."""
-    # By name, as the checks stand above this module; they import torch, which only those who check should wait for.
-    check = importlib.import_module("fedkd.checks").check
+def check_cells(cells: Sequence[Cell], check: Callable[[Scenario], Any]) -> None:
+    """Check each cell, and say of the first wrong one where it is in the sweep.
+
+    Parameters
+    ----------
+    cells : sequence of Cell
+        The cells.
+    check : callable
+        Raises a `ScenarioError` for a scenario that cannot be run.
+    """
     for cell in cells:
         with _errors_at(repr(cell.title) if cell.values else ""):
             check(cell.scenario)

@@ -66,6 +66,7 @@ ARROWS: dict[str, set[str]] = {
     "graphs": set(),
     "garbage": set(),
     "kept": set(),
+    "libraries": {"garbage"},
     "cluster": {"errors", "threads", "scenario", "kept"},
     "listening": HALVES | {"preflight"},
     "models": BASE,
@@ -98,12 +99,12 @@ ARROWS: dict[str, set[str]] = {
     "run_folder": WIRED,
     "preflight": WIRED - {"run", "grids"},
     "grids": HALVES | {"engine", "preflight"},
-    "jobs": WIRED,
+    "jobs": WIRED | {"libraries"},
     "run": WIRED,
     "report": {"errors", "files"},
     "results": WIRED | {"report"},
     "screen": WIRED | {"report"},
-    "cli": WIRED | {"jobs", "report", "results", "screen", "methods"},
+    "cli": WIRED | {"jobs", "libraries", "report", "results", "screen", "methods"},
 }
 STRATEGIES = HALVES - {"flower"} | {"privacy"}
 

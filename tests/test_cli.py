@@ -95,7 +95,7 @@ def test_wrong_scenarios(here, capsys, command, settings, parts):
     assert printed.err.startswith("error: small.toml: ")
     for part in parts:
         assert part in printed.err
-    assert printed.out.strip() == ""
+    assert printed.out == ""
     assert [path.name for path in here.iterdir()] == ["small.toml"]
 
 
@@ -227,24 +227,15 @@ def test_lists(here, capsys, kind, entry):
     assert entry in capsys.readouterr().out
 
 
-def heavy_after(code):
-    """Return what a program prints, whose last line are the large libraries that it has imported."""
-    code = f"import sys; {code}; print({{'torch', 'ray', 'flwr'}} & {{*sys.modules}})"
-    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_listing_imports_no_heavy_library():
-    printed = heavy_after("import fedkd.cli as c; c.main(['list'])")
-    assert printed.splitlines()[-1] == "set()"
-    assert "feddf" in printed and "quickstart" in printed
+    code = "import sys, fedkd.cli as c; c.main(['list']); print({'torch', 'ray', 'flwr'} & {*sys.modules})"
+    root = str(Path(cli.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": root}
 
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
 
-def test_ray_can_start_before_the_heavy_libraries_are_imported():
-    what_runs = "import fedkd.cluster, fedkd.jobs, fedkd.screen, fedkd.sweep as s, fedkd.scenario_file as f"
-    assert heavy_after(f"{what_runs}; s.expand(f.load('quickstart'), checked=False)") == "set()\n"
+    assert done.stdout.splitlines()[-1] == "set()"
+    assert "feddf" in done.stdout and "quickstart" in done.stdout
 
 
 def test_a_strategy_is_described(here, capsys):

@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+import textwrap
 
 import pytest
 import ray
 
 from fedkd import cluster
 from fedkd.cluster import runtime_env, worker_env
+from fedkd.errors import RunError
 from fedkd.jobs import execute_sweep
 from fedkd.run_folder import folder_of
 from fedkd.sweep import Cell
@@ -38,21 +40,22 @@ assert not ray.is_initialized()
 
 FAILED = """
 import ray
-from fedkd.cluster import is_starting, shared_engine
+from fedkd import cluster
 from fedkd.scenario import Scenario
 
 def fails():
     raise KeyError("meanwhile")
 
 scenario = Scenario.model_validate({"name": "t", "strategy": {"name": "fedavg"}, "system": {"workers": 1}})
-try:
-    with shared_engine(scenario, meanwhile=fails):
-        pass
-except KeyError:
-    assert is_starting()
-with shared_engine(scenario):  # waits for the other one to be gone
-    assert ray.is_initialized() and not is_starting()
-assert not ray.is_initialized()
+for cluster.wait_for_starts in (True, False):
+    try:
+        with cluster.shared_engine(scenario, meanwhile=fails):
+            assert False
+    except KeyError:
+        assert cluster.is_there() != cluster.wait_for_starts and not ray.is_initialized()
+with cluster.shared_engine(scenario):  # waits for the other one to be gone
+    assert ray.is_initialized()
+assert not ray.is_initialized() and not cluster.is_there()
 """
 
 
@@ -63,9 +66,51 @@ def workers_find_what_they_need(shortcut, **env):
     assert done.returncode == 0, done.stderr
 
 
-def test_who_fails_while_ray_starts_does_not_wait_for_it():
+def test_who_fails_while_ray_starts_stops_it_and_waits_unless_told_not_to():
     done = subprocess.run([sys.executable, "-c", FAILED], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_start_that_fails_is_an_error_of_whoever_wants_it(small, monkeypatch):
+    def fails(*_):
+        raise RunError("Ray cannot be started: no")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(cluster, "start_ray", fails)
+    done = []
+    with (
+        pytest.raises(RunError, match="cannot be started: no"),
+        cluster.shared_engine(small(system__engine="ray"), meanwhile=lambda: done.append("checked")),
+    ):
+        done.append("run")
+    assert done == ["checked"] and not cluster.is_there()
+
+
+def test_ray_starts_before_the_heavy_libraries_are_imported():
+    code = """
+    import sys
+    from contextlib import contextmanager
+    from pathlib import Path
+    from fedkd import cluster, jobs, screen
+    from fedkd.scenario_file import load
+    from fedkd.sweep import expand
+
+    @contextmanager
+    def starts(scenario, meanwhile):
+        assert scenario.system.engine == "ray" and not {"torch", "flwr"} & {*sys.modules}
+        meanwhile()
+        assert {"torch", "flwr"} < {*sys.modules}
+        print("started")
+        sys.exit()
+        yield
+
+    jobs.shared_engine = starts
+    cells = expand(load("quickstart"), checked=False)
+    jobs.execute_sweep(cells, out=Path("nowhere"), listener=screen.Screen(None, cells))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "started\n" and not done.returncode, done.stderr
 
 
 def test_workers_of_a_ray_that_is_started_here_find_their_environment_without_being_given_it():

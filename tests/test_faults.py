@@ -71,10 +71,11 @@ def test_a_worker_that_is_killed_changes_no_bit(small, tmp_path, ray_session, st
     assert killed.summary["refused"] == 0
 
 
-def start(folder, scenario, *, session):
-    """Run a scenario as a user does, in a session of its own."""
+def start(folder, scenario, *, session, after=""):
+    """Run a scenario as a user does, in a session of its own; maybe after some code in the same process."""
     (folder / "scenario.toml").write_text(dump(scenario))
-    command = [sys.executable, "-m", "fedkd.cli", "run", "scenario.toml", "--out", "runs"]
+    (folder / "command.py").write_text(f"{textwrap.dedent(after)}\nimport sys, fedkd.cli\nsys.exit(fedkd.cli.main())\n")
+    command = [sys.executable, "command.py", "run", "scenario.toml", "--out", "runs"]
     # The default handler of Ctrl-C, which a shell's background jobs do not have.
     return subprocess.Popen(
         command,
@@ -133,6 +134,11 @@ def test_an_interrupt_stops_within_seconds_and_leaves_no_process(small, tmp_path
     wait_until(lambda: not processes("", session=driver.pid), seconds=15)
 
 
+def nothing_is_left(driver, folder):
+    wait_until(lambda: not processes("", session=driver.pid), seconds=15)
+    assert not (folder / "runs").exists()
+
+
 def test_an_interrupt_while_ray_starts_leaves_no_process(small, tmp_path):
     driver = start(tmp_path, small("fedavg", system__engine="ray", system__workers=2), session=True)
     wait_until(lambda: alive(driver) and processes("raylet/raylet", session=driver.pid))
@@ -140,18 +146,50 @@ def test_an_interrupt_while_ray_starts_leaves_no_process(small, tmp_path):
     output, _ = driver.communicate(timeout=30)
 
     assert driver.returncode == 130 and "go on with: the same command" in output
-    wait_until(lambda: not processes("", session=driver.pid), seconds=15)
-    assert not (tmp_path / "runs").exists()
+    nothing_is_left(driver, tmp_path)
 
 
 def test_a_mistake_that_is_found_while_ray_starts_leaves_no_process(small, tmp_path):
     wrong = small({"name": "fedavg", "mu": 1.0}, system__engine="ray", system__workers=2)
     driver = start(tmp_path, wrong, session=True)
+    wait_until(lambda: alive(driver) and processes("gcs_server", session=driver.pid))
     output, _ = driver.communicate(timeout=90)
 
     assert driver.returncode == 2 and "scenario.toml: strategy.mu: fedavg has no hyper-parameter 'mu'" in output
-    wait_until(lambda: not processes("", session=driver.pid), seconds=15)
-    assert not (tmp_path / "runs").exists()
+    nothing_is_left(driver, tmp_path)
+
+
+CHECKS = """
+import fedkd.jobs, ray, time
+
+def check(*_, **__):
+    while not ray.is_initialized():
+        time.sleep(0.05)
+    {then}
+
+fedkd.jobs._check = check
+"""
+
+
+def test_a_fault_of_ours_is_told_and_leaves_no_process(small, tmp_path):
+    on_ray = small("fedavg", system__engine="ray", system__workers=2)
+    driver = start(tmp_path, on_ray, session=True, after=CHECKS.format(then="raise TypeError('ours')"))
+    output, _ = driver.communicate(timeout=90)
+
+    assert driver.returncode == 1 and "TypeError: ours" in output
+    nothing_is_left(driver, tmp_path)
+
+
+def test_sigterm_is_heard_when_ray_is_there_and_the_data_are_not_yet(small, tmp_path):
+    on_ray = small("fedavg", system__engine="ray", system__workers=2)
+    then = "time.sleep(0.5); print('up', flush=True); time.sleep(60)"
+    driver = start(tmp_path, on_ray, session=True, after=CHECKS.format(then=then))
+    assert driver.stdout.readline() == "up\n"
+    os.kill(driver.pid, signal.SIGTERM)
+    output, _ = driver.communicate(timeout=30)
+
+    assert driver.returncode == 130 and output.startswith("interrupted; go on with"), output  # no dump of Ray's
+    nothing_is_left(driver, tmp_path)
 
 
 def test_a_node_that_leaves_takes_states_with_it_that_come_from_the_checkpoint(tmp_path):
