@@ -120,13 +120,12 @@ def test_a_driver_that_is_killed_leaves_no_worker_and_is_resumed(small, tmp_path
     assert metrics(resumed.folder) == metrics(expected.folder)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_an_interrupt_stops_within_seconds_and_leaves_no_process(small, tmp_path, sent):
+def test_ctrl_c_stops_within_seconds_and_leaves_no_process(small, tmp_path):
     slow = small("fedavg", client__epochs=3_000, run__rounds=50, system__engine="ray", system__workers=2)
     driver = start(tmp_path, slow, session=True)
     wait_until(lambda: alive(driver) and processes("ray::Worker.run", session=driver.pid), seconds=180)
     began = time.monotonic()
-    os.kill(driver.pid, sent)
+    os.kill(driver.pid, signal.SIGINT)
     output, _ = driver.communicate(timeout=30)
 
     assert driver.returncode == 130 and "fedkd resume" in output
