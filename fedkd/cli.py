@@ -97,6 +97,7 @@ def _interrupted_by_sigterm() -> Iterator[None]:
 
 
 def _obey(argv: Sequence[str] | None) -> int:
+    """Run a command, tell of errors that are meant for people, and return the exit code."""
     try:
         code = app(args=None if argv is None else list(argv), prog_name="fedkd", standalone_mode=False)
         return code if isinstance(code, int) else 0

@@ -48,7 +48,7 @@ def shared_engine(scenario: Scenario, meanwhile: Callable[[], T] = lambda: None)
     import ray
 
     for thread in _Ray.alive():
-        if thread.over.is_set():
+        if thread.over.is_set():  # Ctrl-C may have cut its end short
             thread.join()
     if ray.is_initialized():
         yield meanwhile()
@@ -85,7 +85,7 @@ def exit_now(code: int) -> NoReturn:
 
     sys.stdout.flush()
     sys.stderr.flush()
-    for process in psutil.Process().children(recursive=True):  # agents of Ray would outlive the others by a minute
+    for process in psutil.Process().children(recursive=True):  # agents of Ray would outlive the others for a while
         with suppress(psutil.NoSuchProcess):
             process.kill()
     os._exit(code)
