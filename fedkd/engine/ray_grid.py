@@ -18,6 +18,7 @@ from fedkd.cohorts import Costs, in_tasks
 from fedkd.engine.grid import STORED, Fetch, Item, Outcome, SimulationGrid
 from fedkd.engine.measure import Measured, median
 from fedkd.engine.nodes import Nodes
+from fedkd.engine.parcels import unpack
 from fedkd.engine.placement import Node
 from fedkd.engine.worker import (
     KEPT,
@@ -94,6 +95,7 @@ class RayGrid(SimulationGrid):
         self._stateful = (
             True  # whether clients seem to have states: each is an object of its own then, which costs time
         )
+        self._packets: dict[str, int] = {}  # kind of message -> packets in which sums come home
         self._pool: Pool = Pool(
             (app_factory, len(nodes), self.run_config),
             workers=workers,
@@ -179,7 +181,9 @@ class RayGrid(SimulationGrid):
         tasks = dict(enumerate(in_tasks(costs, len(self._pool.actors))))
         stateful, self._stateful = self._stateful or bool(self._states), False
         wholes = fold is None or keep  # whether whole replies are an object of their own
-        before = 2 if wholes else 1  # objects that a task returns before clients' states
+        summed = None if fold is None or not kinds else kinds[0][0]
+        packets = self._packets.pop(summed, 0) if summed else 0
+        before = 1 + packets + wholes  # objects that a task returns before clients' states
         home = {number: (task, place) for task, numbers in tasks.items() for place, number in enumerate(numbers)}
         shared = _Shared([item.message.content for item in items], self._pool.put)
         packed = None if fold is None else self._pool.packed(fold)
@@ -193,18 +197,18 @@ class RayGrid(SimulationGrid):
                 metadata, partitions = [i.message.metadata for i in chosen], [i.partition for i in chosen]
                 bundles.append(Cohort(number, metadata, contents, partitions))
             partitions = [partition for bundle in bundles for partition in bundle.partitions]
-            order = Order(keep, deadline, len(objects), stateful)
+            order = Order(bundles, keep, deadline, len(objects), stateful, packets).packed()
 
             def arguments() -> tuple[Any, ...]:
                 states = [self._states.get(p) for p in partitions] if self._states else []
-                return (bundles, order, packed, *objects, *states)
+                return (order, packed, *objects, *states)
 
             def repaired() -> tuple[Any, ...]:
                 self._rebuild(partitions)
                 return arguments()
 
-            returns, reads = before + (len(partitions) if stateful else 0), () if fold is not None else (1,)
-            return Job("run", arguments(), returns, reads, repaired)
+            returns, reads = before + (len(partitions) if stateful else 0), range(1, 1 + packets) if summed else (1,)
+            return Job("run", arguments(), returns, tuple(reads), repaired)
 
         def pieces(numbers: range) -> list[Job]:
             return [job(range(number, number + 1)) for number in numbers]
@@ -227,7 +231,7 @@ class RayGrid(SimulationGrid):
                             home[other], tasks[piece], left[piece] = (piece, 0), range(other, other + 1), 1
                         task, place = home[number]
                     else:
-                        done[task], loose = self._taken(ended, before)
+                        done[task], loose = self._taken(ended, before, summed)
                 ended = done[task]
                 left[task] -= 1
                 if not left[task]:
@@ -248,18 +252,23 @@ class RayGrid(SimulationGrid):
                         reply,
                         change,
                         ended.refs[start + k] if change == NEW else None,
-                        (ended.refs[1], (place, k)) if wholes else None,
+                        (ended.refs[before - 1], (place, k)) if wholes else None,
                     )
                     for k, (reply, change) in enumerate(zip(replies, receipt.changes))
                 ], loose
 
             yield fetch
 
-    def _taken(self, ended: Done | Error, before: int) -> tuple[Done | Error, list[tuple[int, int, Any]]]:
+    def _taken(
+        self, ended: Done | Error, before: int, summed: str | None
+    ) -> tuple[Done | Error, list[tuple[int, int, Any]]]:
         """Return a task, with a reference to each client's new state, and the parts that it has made."""
         if isinstance(ended, Error):
             return ended, []
         done: Yield = ended.first
+        if summed:
+            done, packets = unpack(ended.first, ended.read)
+            self._packets[summed] = max(packets, self._packets.get(summed, 0))
         refs = ended.refs
         if done.states is not None:  # nobody expected them: for once they have passed the driver
             refs = [*refs[:before], *(self._pool.put(state) if state else None for state in done.states)]

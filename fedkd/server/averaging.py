@@ -16,7 +16,7 @@ from fedkd.server.totals import Total
 from fedkd.server.uploads import Upload, sum_up
 from fedkd.threads import one_thread
 
-CHUNK = 1 << 16  # numbers that are added at a time: their sums stay in the cache
+CHUNK = 1 << 18  # numbers that are added at a time: their sums stay in the cache
 
 
 class HasWeights(Protocol):
@@ -321,7 +321,9 @@ class StateMean:
         return self.__dict__ | {"sums": {key: total.cpu().numpy() for key, total in self.sums.items()}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state | {"sums": {key: torch.from_numpy(array) for key, array in state["sums"].items()}})
+        arrays = state["sums"]
+        self.__dict__.update(state | {"sums": {key: torch.from_numpy(array) for key, array in arrays.items()}})
+        self._borrowed = not all(array.flags.writeable for array in arrays.values())
 
     def result(self) -> dict[str, Tensor]:
         """Return the mean, in the types of the first state; ends the accumulation.
@@ -354,25 +356,27 @@ def _room(like: Tensor) -> Tensor:
     return torch.from_numpy(np.empty(tuple(like.shape)))
 
 
+@torch.no_grad()  # states may be of models that are still trained
 def _accumulate(total: Tensor, weighted: Sequence[tuple[Tensor, float]], *, fresh: bool = False) -> None:
-    """Add tensors times weights to a contiguous float64 tensor, all of them to one piece of it after the other.
+    """Add tensors times weights to a contiguous float64 tensor; if it is fresh, it holds nothing yet.
 
-    If it is fresh, it holds nothing yet.
+    Of a large one, all of them are added to a piece of it before the next piece is read.
     """
-    flat = [(_pieces(values, total.device), weight) for values, weight in weighted]
-    for number, into in enumerate(torch.split(total.view(-1), CHUNK)):
-        for place, (pieces, weight) in enumerate(flat):
-            if fresh and place == 0:
-                into.copy_(pieces[number])
-                if weight != 1:
-                    into.mul_(weight)
-            else:
-                into.add_(pieces[number], alpha=weight)
+    # A state with channels last, say, is not contiguous.
+    weighted = [(values.to(total.device).contiguous(), weight) for values, weight in weighted]
+    if total.numel() <= CHUNK:
+        return _add(total, weighted, fresh)
+    split = [(values.view(-1).split(CHUNK), weight) for values, weight in weighted]
+    for number, piece in enumerate(total.view(-1).split(CHUNK)):
+        _add(piece, [(pieces[number], weight) for pieces, weight in split], fresh)
 
 
-def _pieces(values: Tensor, device: torch.device) -> Sequence[Tensor]:
-    """Return the numbers of a tensor in pieces of `CHUNK`; they share its memory where they can."""
-    if values.requires_grad or values.device != device or not values.is_contiguous():
-        values = values.detach().to(device).contiguous()  # of a state with channels last, say
-    values = values.view(-1)
-    return (values,) if len(values) <= CHUNK else torch.split(values, CHUNK)
+def _add(total: Tensor, weighted: Sequence[tuple[Tensor, float]], fresh: bool) -> None:
+    for values, weight in weighted:
+        if fresh:
+            total.copy_(values)
+            if weight != 1:
+                total.mul_(weight)
+            fresh = False
+        else:
+            total.add_(values, alpha=weight)

@@ -145,7 +145,7 @@ class SumOfArrays:
 
         from fedkd.arrays import view
 
-        notes, total = [], np.zeros(3)
+        notes, total = [], 0.0
         for _, reply in replies:
             if reply.has_error():
                 notes.append(reply.error.reason)

@@ -5,7 +5,8 @@ import pytest
 from flwr.app import ArrayRecord, Error, Message, RecordDict
 
 from fedkd.arrays import view
-from fedkd.engine import InlineGrid, Nodes, RayGrid
+from fedkd.engine import InlineGrid, Nodes, RayGrid, ray_grid
+from fedkd.engine.parcels import Parcel, unpack
 from fedkd.errors import RunError
 
 
@@ -26,8 +27,8 @@ def grid(where, ray_session, apps):
         yield made
 
 
-def asked(apps, grid, count=40, **config):
-    return apps.ask(grid, range(count), arrays=ArrayRecord([np.full(3, 0.1, np.float32)]), **config)
+def asked(apps, grid, count=40, size=3, **config):
+    return apps.ask(grid, range(count), arrays=ArrayRecord([np.full(size, 0.1, np.float32)]), **config)
 
 
 def test_parts_of_cohorts_are_merged_pairwise(grid, apps):
@@ -84,6 +85,24 @@ def test_whole_replies_can_be_had_if_they_are_kept(grid, apps):
     whole = grid.whole(kept[7])
     assert view(whole.content["arrays"]["0"])[0] == np.float32(7.1)
     assert list(grid.compute(apps.first_number, [(reply, 2.0) for reply in kept[:3]])) == pytest.approx([0.2, 2.2, 4.2])
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_sums_of_any_size_come_home(grid, where, apps, keep, monkeypatch):
+    taken, by_packets = [], []
+    monkeypatch.setattr(ray_grid, "unpack", lambda first, *rest: taken.append(type(first)) or unpack(first, *rest))
+    expected = sum(np.float64(np.float32(0.1) + np.float32(p)) for p in range(40))
+
+    for size in (3, 40_000, 40_000, 20_000, 3, 300_000, 3):
+        taken.clear()
+        folded = list(grid.send_and_fold(asked(apps, grid, size=size), apps.sum_of_arrays, keep=keep))
+        by_packets += [size] if Parcel in taken else []
+        np.testing.assert_allclose(folded[-1].part[0], np.full(size, expected))
+        expected += 40  # the clients count
+        if keep:
+            assert view(grid.whole(folded[-1].kept[-1]).content["arrays"]["0"]).shape == (size,)
+    # A round goes by what the last one would have taken; 300,000 numbers are too many.
+    assert by_packets == ([] if where == "inline" else [40_000, 20_000, 3])
 
 
 def test_compute_reads_delivered_replies_where_they_are(grid, apps):

@@ -1,5 +1,6 @@
 """Averages of weights: numbers by hand, exact bits, groups, buffers, refusals."""
 
+import pickle
 from dataclasses import dataclass, field
 
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedkd.errors import KnowledgeError, ScenarioError
-from fedkd.server.averaging import average, mean_state
+from fedkd.server import averaging
+from fedkd.server.averaging import StateMean, average, mean_state
 
 
 @dataclass
@@ -141,3 +143,36 @@ def test_equals_a_slow_loop_and_order_hardly_matters(pairs: list[tuple[float, in
 @given(finite, st.lists(st.integers(1, 10**6), min_size=1, max_size=8))
 def test_mean_of_equal_states_is_that_state(x: float, counts: list[int]) -> None:
     assert average([Upload(vector(x), n) for n in counts])["cnn"]["w"].item() == x
+
+
+@pytest.mark.parametrize("chunk", [8, 1 << 18])
+def test_pieces_of_a_large_tensor_have_the_bits_of_adding_one_by_one(chunk: int, monkeypatch) -> None:
+    monkeypatch.setattr(averaging, "CHUNK", chunk)
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(4, 3, 2, 2, generator=generator) for _ in range(3)]
+    tensors[1] = torch.nn.Parameter(tensors[1].to(memory_format=torch.channels_last))
+    weights = [0.3, 2.0, 5.0]
+
+    mean = average([Upload({"w": tensor}) for tensor in tensors], weights=lambda u: weights.pop(0))["cnn"]["w"]
+    total = tensors[0].double() * 0.3
+    for tensor, weight in zip(tensors[1:], (2.0, 5.0)):
+        total = torch.add(total, tensor.detach().double(), alpha=weight)
+    assert torch.equal(mean, (total / (0.3 + 2.0 + 5.0)).float())
+    assert not mean.requires_grad
+
+
+def test_sums_in_memory_that_others_may_read_are_not_changed() -> None:
+    def received(*numbers: float) -> tuple[StateMean, bytes]:
+        mean, arrays = StateMean("cnn"), []
+        for number in numbers:
+            mean.add(vector(number), 2.0)
+        head = pickle.dumps(mean, protocol=5, buffer_callback=arrays.append)
+        memory = bytes(arrays[0].raw())
+        return pickle.loads(head, buffers=[memory]), memory
+
+    for numbers in ((1.0,), (1.0, 2.0)):
+        (mean, memory), (other, _) = received(*numbers), received(4.0, 5.0)
+        before = bytes(bytearray(memory))
+        mean.merge(other)
+        assert mean.result()["w"].item() == pytest.approx((sum(numbers) + 9.0) / (len(numbers) + 2))
+        assert memory == before
