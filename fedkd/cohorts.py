@@ -12,9 +12,10 @@ COHORTS = 16
 """Cohorts that a selection of one architecture is cut into: enough to balance a machine's workers."""
 
 
-TASK_SECONDS = 0.04, 0.5
+TASK_SECONDS = 0.1, 0.5
 """Neighbouring cohorts are put together in a task as long as they are expected to take no more than the first, so that
-handing tasks out, some milliseconds each, costs little; and while there is much left to do, no more than the second."""
+handing tasks out and taking in what comes of them, some milliseconds each, costs little; and while there is much left
+to do, no more than the second."""
 
 
 def compose(partitions: Sequence[int], archs: Sequence[str], width: int = 0) -> list[list[int]]:
@@ -73,7 +74,7 @@ def in_tasks(costs: Sequence[float], workers: int) -> list[range]:
     --------
     >>> in_tasks([1.0, 3.0, 2.0], workers=2)
     [range(1, 2), range(2, 3), range(0, 1)]
-    >>> in_tasks([0.04] * 7, workers=2)
+    >>> in_tasks([0.1] * 7, workers=2)
     [range(0, 2), range(2, 3), range(3, 4), range(4, 5), range(5, 6), range(6, 7)]
     """
     tasks: list[range] = []

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from fedkd.models.linear import processor_vendor
 from fedkd.scenario import Scenario
 from fedkd.students import pick_device
 from fedkd.threads import cores
@@ -49,6 +48,15 @@ def environment(scenario: Scenario, workers: int, preflight: Mapping[str, Any]) 
         "preflight": dict(preflight),
         "git_commit": git_commit(),
     }
+
+
+def processor_vendor() -> str:
+    """Return who made this machine's processor, as the processor itself says (``AuthenticAMD``); empty if unknown."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 def git_commit() -> str | None:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from fedkd import models
 from fedkd.errors import RunError
-from fedkd.models.linear import quicken
 from fedkd.payloads import State
 from fedkd.seeds import Purpose, torch_seed
 
@@ -49,7 +48,7 @@ def build_student(scenario: Scenario, dataset: Dataset, arch: str) -> nn.Module:
         ``forward(x)`` returns `fedkd.models.Outputs`; equal bits for equal seed and name in every process.
     """
     name_id = zlib.crc32(arch.encode())
-    model = models.build(
+    return models.build(
         arch,
         num_classes=dataset.num_classes,
         input_shape=dataset.input_shape,
@@ -60,7 +59,6 @@ def build_student(scenario: Scenario, dataset: Dataset, arch: str) -> nn.Module:
         pretrained=scenario.models.pretrained,
         **scenario.models.options,
     )
-    return quicken(model)
 
 
 def travelling(model: nn.Module, buffers: str) -> State:
