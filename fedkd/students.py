@@ -186,7 +186,9 @@ def keep_freed_memory() -> None:
     except (OSError, AttributeError):
         return
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-    mallopt(mmap_threshold, 1 << 30)
+    # Activations of a ResNet-8 and 512 images are kept; larger blocks, of weights say, would leave holes in the heap,
+    # which grows where the next one does not fit into them.
+    mallopt(mmap_threshold, 40 << 20)
     mallopt(trim_threshold, 1 << 30)
 
 
