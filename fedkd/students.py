@@ -176,8 +176,7 @@ def pick_device(setting: str) -> torch.device:
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory instead of giving it back: activations of small models are taken again at once.
 
-    Halves the time of an evaluation of the cnn on a CPU. Ray workers get the same by their environment. Nothing
-    happens where the C library is another one.
+    Ray workers get much the same by their environment. Nothing happens where the C library is another one.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -19,7 +19,6 @@ PACKET = 96 << 10
 MOST = 24
 """Packets of a value; what takes more is no slower through the object store."""
 
-
 ALIGN = 64
 """Arrays begin at multiples of so many bytes."""
 
@@ -58,9 +57,20 @@ def pack(value: Any, packets: int) -> list[Any]:
 
 
 def unpack(first: Any, packets: Sequence[bytes] = ()) -> tuple[Any, int]:
-    """Return a value, whose arrays may be changed if they came in packets, and how many packets it should have.
+    """Return a value and how many packets it should travel in next time.
 
-    None if it is smaller than a packet, or takes more than `MOST`.
+    Parameters
+    ----------
+    first : Parcel or Any
+        The first object that `pack` returned.
+    packets : sequence of bytes
+        The others; default: none.
+
+    Returns
+    -------
+    tuple of Any and int
+        The value, whose arrays may be changed if they came in packets; 0 packets for one that fits into a single object
+        of a reply, and for one that takes more than `MOST`.
     """
     if isinstance(first, Parcel):
         sizes, numbers = first.sizes, memoryview(bytearray().join(packets))
