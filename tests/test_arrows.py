@@ -103,8 +103,7 @@ ARROWS: dict[str, set[str]] = {
     "run": WIRED,
     "report": {"errors", "files"},
     "results": WIRED | {"report"},
-    "screen": WIRED | {"report"},
-    "cli": WIRED | {"jobs", "libraries", "report", "results", "screen", "methods"},
+    "cli": WIRED | {"jobs", "libraries", "report", "results", "methods"},
 }
 STRATEGIES = HALVES - {"flower"} | {"privacy"}
 

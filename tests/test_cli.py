@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from fedkd import __version__, cli, jobs, run
+from fedkd.cli.terminal import console
 from fedkd.errors import RunError
 
 SMALL = """
@@ -37,7 +38,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("FEDKD_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("FEDKD_DATA", raising=False)
-    monkeypatch.setattr(cli.console, "width", 200)
+    monkeypatch.setattr(console, "width", 200)
     return folder
 
 
@@ -229,7 +230,7 @@ def test_lists(here, capsys, kind, entry):
 
 def test_listing_imports_no_heavy_library():
     code = "import sys, fedkd.cli as c; c.main(['list']); print({'torch', 'ray', 'flwr'} & {*sys.modules})"
-    root = str(Path(cli.__file__).parents[1])
+    root = str(Path(cli.__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": root}
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
@@ -294,7 +295,7 @@ def test_a_new_strategy_passes_its_own_test_and_runs(here, capsys):
         "test_my_method.py",
         "pyproject.toml",
     }
-    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2])}
 
     tested = subprocess.run(
         [sys.executable, "-m", "pytest", "-q"], cwd=folder, env=environment, capture_output=True, text=True

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from fedkd import grids as grids_module
 from fedkd import plugins, run
 from fedkd import preflight as module
+from fedkd.cli.screen import Screen
 from fedkd.client import vectorised
 from fedkd.client.handlers import make_app
 from fedkd.engine import Nodes
@@ -25,7 +26,6 @@ from fedkd.engine.placement import Node
 from fedkd.errors import RunError
 from fedkd.preflight import preflight
 from fedkd.scenario import Client
-from fedkd.screen import Screen
 from fedkd.server.runtime import ServerRuntime
 
 MB = 10**6

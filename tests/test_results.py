@@ -290,6 +290,6 @@ def test_a_scenario_without_runs(tmp_path):
     assert {one.state for one in found} == {"missing"}
     assert gaps(found)[0] == "FedAvg, alpha 0.5, seeds 0, 1: not run"
     with pytest.raises(ScenarioError, match="is finished below"):
-        from fedkd.cli import table
+        from fedkd.cli.looking import table
 
         table(str(path), out=tmp_path / "nowhere")

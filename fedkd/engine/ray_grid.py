@@ -186,7 +186,7 @@ class RayGrid(SimulationGrid):
         before = 1 + packets + wholes  # objects that a task returns before clients' states
         home = {number: (task, place) for task, numbers in tasks.items() for place, number in enumerate(numbers)}
         shared = _Shared([item.message.content for item in items], self._pool.put)
-        packed = None if fold is None else self._pool.packed(fold)
+        pickled_fold = None if fold is None else self._pool.packed(fold)
 
         def job(numbers: range) -> Job:
             objects: list[Any] = []
@@ -197,11 +197,11 @@ class RayGrid(SimulationGrid):
                 metadata, partitions = [i.message.metadata for i in chosen], [i.partition for i in chosen]
                 bundles.append(Cohort(number, metadata, contents, partitions))
             partitions = [partition for bundle in bundles for partition in bundle.partitions]
-            order = Order(bundles, keep, deadline, len(objects), stateful, packets).packed()
+            order = Order(bundles, keep, deadline, len(objects), stateful, packets).pickled()
 
             def arguments() -> tuple[Any, ...]:
                 states = [self._states.get(p) for p in partitions] if self._states else []
-                return (order, packed, *objects, *states)
+                return (order, pickled_fold, *objects, *states)
 
             def repaired() -> tuple[Any, ...]:
                 self._rebuild(partitions)

@@ -239,7 +239,7 @@ class Order(NamedTuple):
     apart: bool  # whether each client's new state is an object of its own
     packets: int  # for what the fold makes (see `fedkd.engine.parcels`)
 
-    def packed(self) -> "Order | bytes":
+    def pickled(self) -> "Order | bytes":
         """Return this pickled, faster than by Ray, unless records travel in it: Ray does not copy their arrays."""
         contents = [content for cohort in self.cohorts for content in cohort.contents if not isinstance(content, int)]
         if all(isinstance(part, int) for content in contents for _, part in content):
@@ -311,15 +311,15 @@ class Worker:
         self._runner = None
         gc.unfreeze()
 
-    def run(self, order: Order | bytes, packed: bytes | None, *objects: Any) -> Any:
+    def run(self, order: Order | bytes, pickled_fold: bytes | None, *objects: Any) -> Any:
         """Run cohorts, one after the other.
 
         Parameters
         ----------
         order : Order or bytes
             The cohorts, and what to do with them; may be pickled.
-        packed : bytes, optional
-            Pickled: makes slim replies and a partial result of a cohort's replies (see `SimulationGrid.send_and_fold`).
+        pickled_fold : bytes, optional
+            Makes slim replies and a partial result of a cohort's replies (see `SimulationGrid.send_and_fold`).
         objects
             Shared contents and records, then one RecordDict or None for each client. Ray resolves references here,
             because they are arguments of their own.
@@ -335,7 +335,7 @@ class Worker:
         if isinstance(order, bytes):
             order = pickle.loads(order)
         assert isinstance(order, Order)
-        fold: Fold | None = None if packed is None else pickle.loads(packed)
+        fold: Fold | None = None if pickled_fold is None else pickle.loads(pickled_fold)
         receipts, results, wholes, states = [], [], [], []
         parts = Parts(fold.merge if fold is not None else _no_merge)
         at = order.shared

@@ -413,7 +413,7 @@ def test_flowers_own_runtime_gives_the_same_times_and_faults(small, federate, ra
 def test_summary_row_and_figures_know_simulated_time_and_bytes(small, tmp_path):
     from rich.console import Console
 
-    from fedkd.screen import Screen
+    from fedkd.cli.screen import Screen
 
     result = run.execute(small(clock=UNIFORM, run__evaluate_every=2), out=tmp_path)
     rounds = named(run.read_metrics(result.folder), "round")
