@@ -91,7 +91,8 @@ def test_ray_starts_before_the_heavy_libraries_are_imported():
     import sys
     from contextlib import contextmanager
     from pathlib import Path
-    from fedkd import cluster, jobs, screen
+    from fedkd import cluster, jobs
+    from fedkd.cli.screen import Screen
     from fedkd.scenario_file import load
     from fedkd.sweep import expand
 
@@ -106,7 +107,7 @@ def test_ray_starts_before_the_heavy_libraries_are_imported():
 
     jobs.shared_engine = starts
     cells = expand(load("quickstart"), checked=False)
-    jobs.execute_sweep(cells, out=Path("nowhere"), listener=screen.Screen(None, cells))
+    jobs.execute_sweep(cells, out=Path("nowhere"), listener=Screen(None, cells))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
     assert done.stdout == "started\n" and not done.returncode, done.stderr
