@@ -126,6 +126,7 @@ class Parts:
             other = self._parts.pop((level, number ^ 1))
             part = self._merge(other, part) if number & 1 else self._merge(part, other)
             level, number = level + 1, number >> 1
+        assert (level, number) not in self._parts, "a cohort was summed twice"
         self._parts[level, number] = part
 
     def loose(self) -> list[tuple[int, int, Any]]:
@@ -156,6 +157,8 @@ class Costs:
     >>> costs.learn("mlp", samples=100, seconds=1.0)
     >>> costs.of("cnn", 10), costs.of("mlp", 10)
     (0.2, 0.1)
+    >>> costs.of("mlp", 0) > 0
+    True
     """
 
     def __init__(self) -> None:
@@ -163,7 +166,7 @@ class Costs:
 
     def of(self, kind: Hashable, samples: int) -> float:
         """Return the expected seconds of a cohort; a kind not seen yet costs as much as the dearest."""
-        return samples * self._rates.get(kind, max(self._rates.values(), default=1.0))
+        return max(samples, 1) * self._rates.get(kind, max(self._rates.values(), default=1.0))
 
     def learn(self, kind: Hashable, samples: int, seconds: float) -> None:
         """Take in what a cohort took; recent cohorts count most, since load changes."""

@@ -104,21 +104,30 @@ def reestimate_norms(
         As in `predict`.
     batch_size : int
         Samples in a batch.
+
+    Raises
+    ------
+    RunError
+        There are BatchNorm layers, and no batch has two samples.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [module.momentum for module in norms]
+    batches = [rows for rows in ids.split(batch_size) if len(rows) > 1] if norms else []
+    if norms and not batches:
+        raise RunError("running statistics of BatchNorm need at least two samples in a batch")
     model.eval()
-    for module in norms:
-        module.train()
-        module.reset_running_stats()
-        module.momentum = None  # the cumulative mean, every batch weighing the same
-    with torch.no_grad():
-        for rows in ids.split(batch_size) if norms else ():
-            if len(rows) > 1:
+    try:
+        for module in norms:
+            module.train()
+            module.reset_running_stats()
+            module.momentum = None  # the cumulative mean, every batch weighing the same
+        with torch.no_grad():
+            for rows in batches:
                 model(data.gather(rows, device=device, channels_last=channels_last).x)
-    for module, momentum in zip(norms, momenta, strict=True):
-        module.momentum = momentum
-        module.eval()
+    finally:
+        for module, momentum in zip(norms, momenta, strict=True):
+            module.momentum = momentum
+            module.eval()
 
 
 def complete(
@@ -147,9 +156,13 @@ def complete(
     Raises
     ------
     RunError
-        There are statistics to estimate, and no data.
+        There are statistics to estimate, and no data; or a parameter is missing.
     """
-    model.load_state_dict(dict(state), strict=False)
+    missing = {name for name, _ in model.named_parameters()}.intersection(
+        model.load_state_dict(dict(state), strict=False).missing_keys
+    )
+    if missing:  # it would be that of whichever model was here before
+        raise RunError(f"the weights lack {', '.join(sorted(missing)[:3])}")
     if has_batch_norm(model):
         if data is None:
             raise RunError("running statistics of BatchNorm stay with the clients, and no proxy set can replace them")
@@ -186,9 +199,9 @@ def keep_freed_memory() -> None:
         return
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
     # Activations of a ResNet-8 and 512 images are kept; larger blocks, of weights say, would leave holes in the heap,
-    # which grows where the next one does not fit into them.
-    mallopt(mmap_threshold, 40 << 20)
-    mallopt(trim_threshold, 1 << 30)
+    # which grows where the next one does not fit into them. Older versions of glibc take no more than 32 MiB.
+    if mallopt(mmap_threshold, 40 << 20) or mallopt(mmap_threshold, 32 << 20):
+        mallopt(trim_threshold, 1 << 30)
 
 
 def autocast(precision: str, device: str | torch.device) -> AbstractContextManager:

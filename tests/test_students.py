@@ -1,8 +1,10 @@
 """What of a model travels, and what the server makes of weights that came without statistics."""
 
+import pytest
 import torch
 
-from fedkd.students import reestimate_norms, snapshot, travelling
+from fedkd.errors import RunError
+from fedkd.students import complete, reestimate_norms, snapshot, travelling
 
 
 def norm_net():
@@ -40,6 +42,20 @@ def test_statistics_are_those_of_the_data_by_hand():
     reestimate_norms(model, _Rows(torch.tensor([[0.0], [4.0], [2.0], [6.0], [99.0]])), torch.arange(5), batch_size=2)
     assert float(model.running_mean) == 3.0 and float(model.running_var) == 8.0
     assert model.momentum == 0.1 and not model.training
+
+
+def test_a_model_is_itself_again_where_statistics_cannot_be_estimated():
+    model = torch.nn.BatchNorm1d(1).eval()
+    for x, error in ((torch.ones(1, 1), RunError), (torch.ones(4, 2), RuntimeError)):  # alone; of the wrong width
+        with pytest.raises(error):
+            reestimate_norms(model, _Rows(x), torch.arange(len(x)))
+        assert model.momentum == 0.1 and not model.training
+
+
+def test_weights_that_lack_a_parameter_are_not_completed_by_another_models():
+    model = norm_net()
+    with pytest.raises(RunError, match=r"lack 0.bias"):
+        complete(model, {k: v for k, v in travelling(model, "params_only").items() if k != "0.bias"}, None)
 
 
 def test_the_servers_statistics_depend_on_the_weights_alone(small, federate):

@@ -39,6 +39,9 @@ IN_FLIGHT = 2
 RETRIES = 3
 """How often a cohort is run again when the worker that ran it died."""
 
+PATIENCE = 60.0
+"""Seconds without any worker after which the user is told that the grid waits for Ray."""
+
 LOST = ErrorCode.NODE_UNAVAILABLE
 """Code of the error of a job that cannot be done because an argument was lost with its node."""
 
@@ -161,17 +164,22 @@ class Dispatcher(threading.Thread):
             while True:
                 self._fill()
                 try:
-                    event = self._events.get(timeout=self._remaining())
+                    event = self._events.get(timeout=min(self._remaining(), PATIENCE))
                 except queue.Empty:
-                    event = self._expire
+                    event = self._expire if self._remaining() <= 0 else self._tell
                 if event is None:
                     return self._fail(RuntimeError("the grid was closed"))
                 event()
         except BaseException as error:  # the caller must not wait for a dead thread
             self._fail(error)
 
-    def _remaining(self) -> float | None:
-        return None if math.isinf(self._deadline) else max(0.0, self._deadline - time.time())
+    def _remaining(self) -> float:
+        return max(0.0, self._deadline - time.time())
+
+    def _tell(self) -> None:
+        """Say so if there are jobs and no worker: Ray may have no place for one until another node comes."""
+        if self._pending and not self._in_flight and not self._ready():
+            log.warning("no worker is there: Ray has not started one; still waiting")
 
     def _more(self) -> None:
         self._room += 1
@@ -207,14 +215,17 @@ class Dispatcher(threading.Thread):
             raise self._pool.failure
         self._watch()
         load = Counter(place for place, _ in self._in_flight.values())
-        out = self._pool.loading.keys() | self._pool.gone
-        ready = [place for place in range(len(self._pool.actors)) if place not in out]
+        ready = self._ready()
         while self._pending and ready and (self._room > 0 or self._pending[0] in self._begun):
             place = min(ready, key=load.__getitem__)
             if load[place] == IN_FLIGHT or (load[place] and len(self._pending) <= len(self._pool.actors)):
                 return  # the last ones are for whoever is free first
             load[place] += 1
             self._submit(self._pending.popleft(), place)
+
+    def _ready(self) -> list[int]:
+        out = self._pool.loading.keys() | self._pool.gone
+        return [place for place in range(len(self._pool.actors)) if place not in out]
 
     def _submit(self, number: int, place: int) -> None:
         job, actor = self._jobs[number], self._pool.actors[place]

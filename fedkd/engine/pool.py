@@ -20,7 +20,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from fedkd import kept
 from fedkd.cluster import runtime_env, start_ray
-from fedkd.engine.dispatcher import RETRIES, Dispatcher, Done, Job, Pieces, cause
+from fedkd.engine.dispatcher import PATIENCE, RETRIES, Dispatcher, Done, Job, Pieces, cause
 from fedkd.engine.machines import machines
 from fedkd.engine.worker import Worker
 from fedkd.errors import RunError
@@ -29,9 +29,6 @@ log = logging.getLogger(__name__)
 
 SMALL = 64 << 10
 """Bytes up to which an argument of several jobs is sent along with each of them: an object of its own takes longer."""
-
-PATIENCE = 60.0
-"""Seconds without all workers after which the user is told that the grid waits for Ray."""
 
 
 class Pool:
@@ -97,7 +94,7 @@ class Pool:
         """Put one object into the store and return its reference."""
         return ray.put(value)
 
-    def packed(self, value: Any) -> Any:
+    def pickled(self, value: Any) -> Any:
         """Pickle an argument of many jobs: bytes, to be sent along with each, if they are few, else a reference."""
         pickled = cloudpickle.dumps(value)  # pyright: ignore[reportPrivateImportUsage]
         return pickled if len(pickled) <= SMALL else ray.put(pickled)
@@ -261,6 +258,8 @@ class Pool:
 
 def _check_room(workers: int, gpus_per_worker: float) -> None:
     total = ray.cluster_resources()
+    if workers < 1:
+        raise RunError("Ray has no CPU for a worker: add a node that has one, or start the head with --num-cpus")
     for name, wanted in (("CPU", float(workers)), ("GPU", workers * gpus_per_worker)):
         if wanted > total.get(name, 0.0) + 1e-6:
             raise RunError(

@@ -122,10 +122,19 @@ def describe(error: BaseException) -> str:
     --------
     >>> describe(ValueError("no samples"))
     'ValueError: no samples'
+    >>> class Broken(Exception):
+    ...     def __str__(self):
+    ...         raise ValueError
+    >>> describe(Broken())
+    'Broken: (its message cannot be made)'
     """
+    try:
+        said = str(error)
+    except Exception:  # it is a client's, and may be broken itself
+        said = "(its message cannot be made)"
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"
+    return f"{type(error).__name__}: {said}{place}"
 
 
 class CohortRunner:
@@ -178,7 +187,7 @@ class CohortRunner:
                 return Answer(Message(TOO_LATE, reply_to=message), None)
             return self._answer(message, partition, state)
 
-        calls = [partial(answer, *client) for client in zip(messages, partitions, states)]
+        calls = [partial(answer, *client) for client in zip(messages, partitions, states, strict=True)]
         meets = getattr(self.app, "meets", None)
         with one_thread():
             if meets is not None and len(calls) > 1 and meets(messages):
@@ -240,7 +249,7 @@ class Order(NamedTuple):
     packets: int  # for what the fold makes (see `fedkd.engine.parcels`)
 
     def pickled(self) -> "Order | bytes":
-        """Return this pickled, faster than by Ray, unless records travel in it: Ray does not copy their arrays."""
+        """Return this pickled, which is faster than by Ray; as it is if records travel in it: Ray copies no arrays."""
         contents = [content for cohort in self.cohorts for content in cohort.contents if not isinstance(content, int)]
         if all(isinstance(part, int) for content in contents for _, part in content):
             return pickle.dumps(self, protocol=5)
@@ -319,7 +328,8 @@ class Worker:
         order : Order or bytes
             The cohorts, and what to do with them; may be pickled.
         pickled_fold : bytes, optional
-            Makes slim replies and a partial result of a cohort's replies (see `SimulationGrid.send_and_fold`).
+            A pickled `Fold`, which makes slim replies and a partial result of a cohort's replies (see
+            `SimulationGrid.send_and_fold`).
         objects
             Shared contents and records, then one RecordDict or None for each client. Ray resolves references here,
             because they are arguments of their own.

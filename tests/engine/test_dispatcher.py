@@ -1,6 +1,7 @@
 """The dispatcher by itself, on workers that do what the test says; nothing of Ray is started."""
 
 import gc
+import time
 import weakref
 from concurrent.futures import Future
 from types import SimpleNamespace
@@ -212,3 +213,18 @@ def test_nobody_waits_for_a_worker_when_another_dispatcher_hears_that_none_is_le
     ref.future_.set_exception(ActorDiedError())
     with pytest.raises(RunError, match="nobody is left"):
         dispatcher.wait(0)
+
+
+def test_the_user_is_told_that_no_worker_can_be_started(monkeypatch, caplog):
+    monkeypatch.setattr(module, "PATIENCE", 0.02)
+    pool = FakePool(1)
+    pool.ask(0)  # Ray has no place for it
+    dispatcher = Dispatcher(pool, [job("waits")], [0], float("inf"), 1)
+    dispatcher.start()
+    limit = time.monotonic() + 10
+    while "no worker is there" not in caplog.text and time.monotonic() < limit:
+        time.sleep(0.01)
+    pool.loading[0].future_.set_result(None)  # a node has come
+    settle(dispatcher)
+    assert held(dispatcher) == [["waits"]] and "no worker is there" in caplog.text
+    dispatcher.stop()

@@ -1,10 +1,13 @@
 """The machines of a cluster as placement wants them."""
 
+import pytest
 import ray
 
 from fedkd.engine import machines as module
+from fedkd.engine import pool
 from fedkd.engine.machines import machines
 from fedkd.engine.placement import Cost, Node, place
+from fedkd.errors import RunError
 
 
 def node(name, alive=True, **resources):
@@ -34,3 +37,9 @@ def test_machines_are_asked_for_their_gpus(ray_session):
     (here,) = [n["NodeID"] for n in ray.nodes() if n["Alive"]]
     free = module._free_gpu_memory([here])
     assert list(free) == [here] and free[here] >= 0  # 0 where there is no GPU to ask
+
+
+def test_a_cluster_without_a_cpu_has_no_worker(ray_session, monkeypatch):
+    monkeypatch.setattr(pool, "machines", lambda gpus: [Node(0.0)])
+    with pytest.raises(RunError, match="no CPU for a worker"):
+        pool.Pool((), workers=0, gpus_per_worker=0.0, address="")
