@@ -16,7 +16,8 @@ from fedkd.client.local import Aux, LocalTraining
 from fedkd.losses.response import kd
 from fedkd.payloads import ClassOutputs, Knowledge
 from fedkd.server.strategy import DistillationStrategy, Predict
-from fedkd.server.uploads import Upload
+from fedkd.server.totals import ClassTable
+from fedkd.server.uploads import Upload, sum_up
 
 if TYPE_CHECKING:
     from fedkd.client.student import Student
@@ -143,18 +144,16 @@ class FD(DistillationStrategy):
         """Send each client the mean of the others' tables."""
         if not self.tables:
             return dict.fromkeys(selected, Knowledge())
-        everybody = self.sums(self.tables.values())
+        everybody = self.sums(self.tables[p] for p in sorted(self.tables))
         return {p: Knowledge.of(self.table_for(p, *everybody)) for p in selected}
 
-    def check(self, upload: Upload) -> None:
-        """Refuse tables of another size, space, or with numbers that are not finite."""
-        table = upload.knowledge.get(ClassOutputs)
-        table.check(self.server.federation.num_classes, self.space)
+    def total(self) -> ClassTable:
+        """Return an empty collection of tables."""
+        return ClassTable(self.server.federation.num_classes, self.space)
 
     def fuse(self, uploads: Iterable[Upload]) -> None:
         """Keep the latest table of every client."""
-        for upload in uploads:
-            self.tables[upload.partition_id] = upload.knowledge.get(ClassOutputs)
+        self.tables |= sum_up(uploads, self.total()).rows
 
     def sums(self, tables: Iterable[ClassOutputs]) -> tuple[Tensor, Tensor]:
         """Return the sum of tables [C, C] and the number of clients that have each class [C], in float64."""

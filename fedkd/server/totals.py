@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedkd.errors import KnowledgeError
-from fedkd.payloads import LabelCounts, ProxyOutputs
+from fedkd.payloads import ClassOutputs, LabelCounts, ProxyOutputs
 from fedkd.server.uploads import Upload
 
 
@@ -132,8 +132,27 @@ class Several(Total):
             part.merge(other.parts[name])
 
 
-class LabelTable(Total):
-    """Label counts of every client, by partition id, in ``rows``.
+class Table(Total):
+    """An item of every client, by partition id, in ``rows``."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, Any] = {}
+
+    @abstractmethod
+    def item(self, upload: Upload) -> Any:
+        """Return what is kept of an upload."""
+
+    def add(self, upload: Upload) -> None:
+        """Keep an upload's item."""
+        self.rows[upload.partition_id] = self.item(upload)
+
+    def merge(self, other: Self) -> None:
+        """Keep those of other clients."""
+        self.rows = {**self.rows, **other.rows}
+
+
+class LabelTable(Table):
+    """Label counts of every client.
 
     Parameters
     ----------
@@ -142,17 +161,37 @@ class LabelTable(Total):
     """
 
     def __init__(self, num_classes: int) -> None:
+        super().__init__()
         self.num_classes = num_classes
-        self.rows: dict[int, Tensor] = {}
 
     def check(self, upload: Upload) -> None:
         """Refuse counts of other classes, negative ones, and such as do not sum to the examples behind the upload."""
         upload.knowledge.get(LabelCounts).check(self.num_classes, upload.num_examples)
 
-    def add(self, upload: Upload) -> None:
-        """Keep an upload's counts."""
-        self.rows[upload.partition_id] = upload.knowledge.get(LabelCounts).counts
+    def item(self, upload: Upload) -> Tensor:
+        """Return the counts, int64 [C]."""
+        return upload.knowledge.get(LabelCounts).counts
 
-    def merge(self, other: Self) -> None:
-        """Keep those of other clients."""
-        self.rows = {**self.rows, **other.rows}
+
+class ClassTable(Table):
+    """Mean outputs by class of every client.
+
+    Parameters
+    ----------
+    num_classes : int
+        Classes of the task.
+    space : str
+        ``logits`` or ``probs``.
+    """
+
+    def __init__(self, num_classes: int, space: str) -> None:
+        super().__init__()
+        self.num_classes, self.space = num_classes, space
+
+    def check(self, upload: Upload) -> None:
+        """Refuse tables of another size, space, or with numbers that are not finite."""
+        upload.knowledge.get(ClassOutputs).check(self.num_classes, self.space)
+
+    def item(self, upload: Upload) -> ClassOutputs:
+        """Return the table."""
+        return upload.knowledge.get(ClassOutputs)
