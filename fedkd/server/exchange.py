@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkd.errors import TooFewError
 from fedkd.payloads import Knowledge, ProxyOutputs, Request, Weights
 from fedkd.seeds import Purpose
 from fedkd.server.ensemble import Ensemble
@@ -124,9 +123,7 @@ class OutputExchange(DistillationStrategy):
             answers += 1
 
         def ended() -> None:
-            needed = self.server.scenario.system.min_replies
-            if answers < needed:
-                raise TooFewError(self.round, answers, needed, f"answers to {action}")
+            self.enough(answers, f"answers to {action}")
 
         sums = self.server.sums_on_workers
         uploads = Uploads(

@@ -246,9 +246,40 @@ class DistillationStrategy(Strategy):
             Replaces ``self.check``.
         config : mapping, optional
             Further scalars for the clients.
+
+        Raises
+        ------
+        TooFewError
+            In the end: fewer came than ``system.min_replies``, or than were asked if that is less.
         """
         checks = [self.held(knowledge), check or self.check]
-        return self.server.exchange(action, knowledge, round=self.round, checks=checks, config=config)
+        count = 0
+        for upload in self.server.exchange(action, knowledge, round=self.round, checks=checks, config=config):
+            count += 1
+            yield upload
+        self.enough(count, "uploads" if action == "train" else f"answers to {action}", asked=len(knowledge))
+
+    def enough(self, replies: int, what: str, *, asked: int | None = None) -> None:
+        """Stop the run, resumably, if too few usable replies came.
+
+        Parameters
+        ----------
+        replies : int
+            How many came.
+        what : str
+            What they are, for the message.
+        asked : int, optional
+            How many could have come.
+
+        Raises
+        ------
+        TooFewError
+            Fewer than ``system.min_replies`` came, or than could have come if that is less.
+        """
+        needed = self.server.scenario.system.min_replies
+        needed = needed if asked is None else min(needed, asked)
+        if replies < needed:
+            raise TooFewError(self.round, replies, needed, what)
 
     def held(self, partition_ids: Iterable[int]) -> Held:
         """Return a check that refuses numbers of examples that these clients cannot have."""
@@ -425,9 +456,7 @@ class DistillationStrategy(Strategy):
             # Sums come cohort by cohort, uploads one by one; members and means of metrics are in partition order.
             self.members.sort(key=lambda upload: upload.partition_id)
             self.train_metrics = mean_metrics(reports[p] for p in sorted(reports))
-            needed = self.server.scenario.system.min_replies
-            if self.received < needed:
-                raise TooFewError(self.round, self.received, needed, "uploads")
+            self.enough(self.received, "uploads")
 
         return Uploads(one_by_one, on_workers, seen, ended)
 

@@ -52,16 +52,31 @@ def test_too_few_answers_end_the_run_with_a_reason(small, federate):
             raise RuntimeError("no")
         return call_next(message, context)
 
-    hyper = {"name": "fedmd", "align": 20, "public_epochs": 1, "transfer_epochs": 1}
     with pytest.raises(RunError, match=r"round 1: 0 usable answers to query.logits, at least 1 are needed"):
-        federate(small(hyper, proxy__labelled=True), mods=[deaf])
+        federate(small(FEDMD, proxy__labelled=True), mods=[deaf])
+
+
+FEDMD = {"name": "fedmd", "align": 20, "public_epochs": 1, "transfer_epochs": 1}
+FURTHER = [(FEDMD, "train.pretrain", 0), ("fedaux", "query.score", 0), ("distributed", "query.gossip", 1)]
+FURTHER += [({"name": "fedgems", "selective": False}, "query.logits", 1)]
+
+
+@pytest.mark.parametrize(("hyper", "action", "at"), FURTHER, ids=[action for _, action, _ in FURTHER])
+def test_every_exchange_needs_enough_answers(small, federate, hyper, action, at):
+    def deaf(message, context, call_next):
+        if message.metadata.message_type == action and context.node_config["partition-id"] > 1:
+            raise RuntimeError("no")
+        return call_next(message, context)
+
+    scenario = small(hyper, proxy__labelled=True, run__participation=1.0, system__min_replies=3)
+    with pytest.raises(RunError, match=rf"round {at}: 2 usable answers to {action}, at least 3 are needed"):
+        federate(scenario, mods=[deaf])
 
 
 def test_answers_are_summed_alike_wherever_that_happens(small, federate, monkeypatch):
     from fedkd.server.runtime import ServerRuntime
 
-    hyper = {"name": "fedmd", "align": 20, "public_epochs": 1, "transfer_epochs": 1}
-    scenario = small(hyper, proxy__labelled=True, system__cohort=2)
+    scenario = small(FEDMD, proxy__labelled=True, system__cohort=2)
     on_workers, _ = federate(scenario, rounds=1)
     monkeypatch.setattr(ServerRuntime, "sums_on_workers", False)
     one_by_one, _ = federate(scenario, rounds=1)
