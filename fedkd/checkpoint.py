@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -77,6 +78,19 @@ def load(folder: Path) -> dict[str, Any]:
         return value
 
     return fill(json.loads((folder / "tree.json").read_text()))
+
+
+def verify(folder: Path) -> None:
+    """Check that what `save` wrote is there, and was not cut off.
+
+    Raises
+    ------
+    OSError, ValueError, SafetensorError
+        It is not.
+    """
+    json.loads((folder / "tree.json").read_text())
+    with safe_open(folder / "tensors.safetensors", framework="pt"):
+        pass
 
 
 def bytes_to_tensor(data: bytes) -> Tensor:

@@ -167,6 +167,11 @@ class _Preflight:
                 "gpu_bytes": self.held_gpu,
                 "planned_bytes": placement.worker_bytes,
             },
+            "seconds_per_sample": {
+                group.arch: group.took.get(trainer, group.took["sequential"]).seconds / float(group.samples.mean())
+                for group in self.groups
+                if group.took
+            },
             "round_seconds": placement.seconds,
             "notes": self.notes,
         }

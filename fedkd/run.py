@@ -252,6 +252,7 @@ def _run_locked(
                 scenario, known = report.scenario, report.facts
                 server.scenario, server.grid = scenario, grid
                 write_atomic(folder / "scenario.toml", dump(scenario).encode())
+            grid.expect(known.get("seconds_per_sample", {}))
             facts = environment(scenario, grid.workers, known)
             write_atomic(folder / "environment.json", json.dumps(facts, indent=2).encode())
             if saved is not None:

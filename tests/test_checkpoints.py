@@ -3,6 +3,7 @@
 import torch
 from flwr.app import ArrayRecord, RecordDict
 
+from fedkd import checkpoint, checkpoints
 from fedkd.arrays import BufferArray, view
 from fedkd.checkpoints import Checkpoints
 
@@ -27,7 +28,7 @@ class Grid:
 
     def take_changed(self):
         changed, self.changed = self.changed, {}
-        return changed
+        return iter(changed.items())
 
 
 def state(value):
@@ -35,17 +36,17 @@ def state(value):
 
 
 def values(states):
-    return {p: float(view(s["s"]["x"])[0]) for p, s in states.items()}
+    return {p: float(view(s["s"]["x"])[0]) for p, s in dict(states).items()}
 
 
 def saved(tmp_path, rounds):
     """Save rounds of changes, as a run does; return the writer."""
-    checkpoints, strategy, grid = Checkpoints(tmp_path), Strategy(), Grid()
+    writer, strategy, grid = Checkpoints(tmp_path), Strategy(), Grid()
     for changes in rounds:
         strategy.round += 1
         grid.changed = {p: None if value is None else state(value) for p, value in changes.items()}
-        checkpoints.save(strategy, Server(), grid, 0.0)  # type: ignore[arg-type]
-    return checkpoints
+        writer.save(strategy, Server(), grid, 0.0)  # type: ignore[arg-type]
+    return writer
 
 
 def test_states_come_from_the_round_in_which_they_changed_last(tmp_path):
@@ -77,9 +78,22 @@ def test_the_checkpoint_before_stays_complete(tmp_path):
 
 def test_states_that_cannot_be_read_make_a_checkpoint_unreadable(tmp_path):
     saved(tmp_path, [{0: 0.1}, {0: 0.2}])
-    (tmp_path / "checkpoints" / "clients-000002" / "tensors.safetensors").write_bytes(b"cut off")
+    (tmp_path / "checkpoints" / "clients-000002" / "000000" / "tensors.safetensors").write_bytes(b"cut off")
 
     assert Checkpoints(tmp_path).load()[0]["round"] == 1
+
+
+def test_states_are_written_and_read_part_by_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "PART", 8)  # two numbers
+    written = saved(tmp_path, [{p: float(p) for p in range(5)}])
+    assert len(list((tmp_path / "checkpoints" / "clients-000001").iterdir())) == 3
+    assert values([(4, written.state_of(4)[1])]) == {4: 4.0}
+
+    read = []
+    monkeypatch.setattr(checkpoint, "load", lambda part, load=checkpoint.load: read.append(part.name) or load(part))
+    _, states = Checkpoints(tmp_path).load()
+    assert next(states)[0] == 0 and read == ["round-000001", "000000"]  # the others when their turn comes
+    assert values(states) == {p: float(p) for p in range(1, 5)}
 
 
 def test_after_resuming_the_checkpoint_before_stays_complete_too(tmp_path):

@@ -20,7 +20,7 @@ from fedkd import preflight as module
 from fedkd.cli.screen import Screen
 from fedkd.client import vectorised
 from fedkd.client.handlers import make_app
-from fedkd.engine import Nodes
+from fedkd.engine import InlineGrid, Nodes
 from fedkd.engine.measure import Measured
 from fedkd.engine.placement import Node
 from fedkd.errors import RunError
@@ -107,6 +107,16 @@ def test_it_is_recorded_and_used_again_on_resume(small, tmp_path, monkeypatch):
     assert second.reports == []
     assert (folder / "scenario.toml").read_text() == resolved
     assert json.loads((folder / "environment.json").read_text())["preflight"] == recorded["preflight"]
+
+
+def test_the_first_round_knows_what_takes_long(small, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(InlineGrid, "expect", lambda self, rates: told.append(rates))
+    images = {"classes": 4, "train": 400, "test": 40, "shape": [8, 8]}
+    changes = {"data__options": images, "models__student": ["mlp", "cnn"], "models__options": {}}
+    result = run.execute(small("fedavg", **changes, run__rounds=1), out=tmp_path)
+    recorded = json.loads((result.folder / "environment.json").read_text())["preflight"]["seconds_per_sample"]
+    assert told == [recorded] and 0 < recorded["mlp"] < recorded["cnn"]
 
 
 def choosing(**choice):

@@ -6,7 +6,7 @@ import itertools
 import time
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -272,6 +272,16 @@ class SimulationGrid(Grid):
             The worker died whenever it tried.
         """
 
+    @abstractmethod
+    def expect(self, seconds_per_sample: Mapping[str, float]) -> None:
+        """Take in how long training takes, by architecture, for the order in which cohorts start.
+
+        Parameters
+        ----------
+        seconds_per_sample : mapping of str to float
+            Of a client, as measured before; what cohorts take from now on counts more.
+        """
+
     @property
     @abstractmethod
     def workers(self) -> int:
@@ -291,10 +301,13 @@ class SimulationGrid(Grid):
         """Return ``Context.state`` by partition id, for clients whose state is not empty."""
         return {partition: self._states[partition] for partition in sorted(self._states)}
 
-    def take_changed(self) -> dict[int, RecordDict | None]:
-        """Return the states that have changed since the last call (None: emptied), for an incremental checkpoint."""
+    def take_changed(self) -> Iterator[tuple[int, RecordDict | None]]:
+        """Return the states that have changed since the last call (None: emptied), for an incremental checkpoint.
+
+        They come one by one, by partition id: together they may be more than there is memory for.
+        """
         changed, self._changed = sorted(self._changed), set()
-        return dict(zip(changed, self._fetch(changed)))
+        return ((partition, self._fetch([partition])[0]) for partition in changed)
 
     def has_changed(self, partition: int) -> bool:
         """Whether the state of a client is newer than what `take_changed` returned last."""
@@ -304,18 +317,30 @@ class SimulationGrid(Grid):
         """Return the states of clients, None for those that have none."""
         return [self._states.get(partition) for partition in partitions]
 
-    def load_state_dict(self, states: dict[int, RecordDict]) -> None:
+    def load_state_dict(self, states: Mapping[int, RecordDict] | Iterable[tuple[int, RecordDict]]) -> None:
         """Replace the states of all clients; those that are not named start empty.
+
+        Parameters
+        ----------
+        states : mapping, or iterable of pairs
+            By partition id. Pairs are read one by one: together they may be more than there is memory for.
 
         Raises
         ------
         ValueError
             For a partition id that is not in the federation; nothing is changed then.
         """
-        for partition in states:
+        loaded: dict[int, Any] = {}
+        pairs: Any = states.items() if isinstance(states, Mapping) else states
+        for partition, state in pairs:
             self.nodes.index(partition)
-        self._states = {partition: state for partition, state in states.items() if state}
-        self._changed = set()
+            if state:
+                loaded[partition] = self._stored(state)
+        self._states, self._changed = loaded, set()
+
+    def _stored(self, state: RecordDict) -> Any:
+        """Return what is kept for a state."""
+        return state
 
     def close(self) -> None:
         """Give back what the grid holds; read `state_dict` before."""

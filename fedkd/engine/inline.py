@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -96,6 +96,9 @@ class InlineGrid(SimulationGrid):
     ) -> list[Measured]:
         """Run cohorts here, see `SimulationGrid.measure`."""
         return [self._runner.measure(messages, self._registered(messages), memory) for messages in cohorts]
+
+    def expect(self, seconds_per_sample: Mapping[str, float]) -> None:
+        """Do nothing: all is computed in order."""
 
     def load_app(self, app_factory: AppFactory) -> None:
         """Make the app here, see `SimulationGrid.load_app`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -119,10 +119,8 @@ class RayGrid(SimulationGrid):
         except self._pool.LOST as error:
             raise LostError(f"{what} were lost with their node ({type(error).__name__})") from error
 
-    def load_state_dict(self, states: dict[int, RecordDict]) -> None:
-        """Replace the states of all clients, as in `SimulationGrid`."""
-        super().load_state_dict(states)
-        self._states = {partition: self._pool.put(state) for partition, state in self._states.items()}
+    def _stored(self, state: RecordDict) -> Any:
+        return self._pool.put(state)
 
     def close(self) -> None:
         """Stop the workers, and Ray where this grid started it; read `state_dict` before."""
@@ -182,11 +180,11 @@ class RayGrid(SimulationGrid):
         stateful, self._stateful = self._stateful or bool(self._states), False
         wholes = fold is None or keep  # whether whole replies are an object of their own
         summed = None if fold is None or not kinds else kinds[0][0]
-        packets = self._packets.pop(summed, 0) if summed else 0
+        packets = 0 if summed is None else self._packets.pop(summed, 0)
         before = 1 + packets + wholes  # objects that a task returns before clients' states
         home = {number: (task, place) for task, numbers in tasks.items() for place, number in enumerate(numbers)}
         shared = _Shared([item.message.content for item in items], self._pool.put)
-        pickled_fold = None if fold is None else self._pool.packed(fold)
+        pickled_fold = None if fold is None else self._pool.pickled(fold)
 
         def job(numbers: range) -> Job:
             objects: list[Any] = []
@@ -207,7 +205,8 @@ class RayGrid(SimulationGrid):
                 self._rebuild(partitions)
                 return arguments()
 
-            returns, reads = before + (len(partitions) if stateful else 0), range(1, 1 + packets) if summed else (1,)
+            returns = before + (len(partitions) if stateful else 0)
+            reads = (1,) if summed is None else range(1, 1 + packets)
             return Job("run", arguments(), returns, tuple(reads), repaired)
 
         def pieces(numbers: range) -> list[Job]:
@@ -266,7 +265,7 @@ class RayGrid(SimulationGrid):
         if isinstance(ended, Error):
             return ended, []
         done: Yield = ended.first
-        if summed:
+        if summed is not None:
             done, packets = unpack(ended.first, ended.read)
             self._packets[summed] = max(packets, self._packets.get(summed, 0))
         refs = ended.refs
@@ -300,6 +299,11 @@ class RayGrid(SimulationGrid):
                 assert isinstance(done, Done)
                 found.append(done.first)
         return [median(runs) for runs in zip(*found)]
+
+    def expect(self, seconds_per_sample: Mapping[str, float]) -> None:
+        """Let the first round start what takes long first, see `SimulationGrid.expect`."""
+        for arch, seconds in seconds_per_sample.items():
+            self._costs.learn(("train", arch), 1, seconds)
 
     def load_app(self, app_factory: AppFactory) -> None:
         """Let every worker make the app before its next cohort, see `SimulationGrid.load_app`."""

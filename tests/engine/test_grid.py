@@ -160,7 +160,7 @@ def test_a_client_that_leaves_its_state_alone_has_no_new_one(grid, apps):
     list(grid.send_and_receive(apps.ask(grid, [0, 1])))
     grid.take_changed()
     list(grid.send_and_receive(apps.ask(grid, [0, 1, 2], kind="query.env")))
-    assert grid.take_changed() == {} and grid.state_dict().keys() == {0, 1}
+    assert dict(grid.take_changed()) == {} and grid.state_dict().keys() == {0, 1}
 
 
 @pytest.mark.parametrize(
