@@ -14,7 +14,7 @@ import click
 import typer
 
 from fedkd import __version__, cluster
-from fedkd.cli import checking, looking, running, writing
+from fedkd.cli import checking, looking, running, starting
 from fedkd.cli.terminal import complain
 from fedkd.errors import FedKDError, RunError
 
@@ -33,9 +33,9 @@ app.command()(checking.validate)
 app.command()(checking.partition)
 app.command("list")(looking.list_)
 app.command()(looking.describe)
-app.command()(looking.methods)
+app.command("methods")(looking.methods_)
 new = typer.Typer(help="Write the start of something of your own.", no_args_is_help=True)
-new.command()(writing.strategy)
+new.command()(starting.strategy)
 app.add_typer(new, name="new")
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from fedkd.cli.terminal import CacheOption, OutOption, ScenarioArgument, SetOption, console, name_file, use_cache
+from fedkd.cli.terminal import CacheOption, OutOption, ScenarioArgument, SetOption, console, print_path, use_cache
 from fedkd.errors import errors_in
 from fedkd.libraries import import_libraries
 from fedkd.scenario_file import load
@@ -47,7 +47,7 @@ def partition(
         stem = "partition" if len(shown) == 1 else f"partition-{len(shown)}"
         path = out / cell.scenario.name / stem
         for file in partition_figure(federation.counts, federation.dataset.classes, path, title=title):
-            name_file(file)
+            print_path(file)
 
 
 def _checked(scenario: str, overrides: Sequence[str], cache: Path | None) -> tuple[Document, list[Cell]]:

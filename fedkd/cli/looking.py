@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from fedkd.cli.terminal import OutOption, ScenarioArgument, SetOption, console, name_file
+from fedkd.cli.terminal import OutOption, ScenarioArgument, SetOption, console, print_path
 from fedkd.errors import ScenarioError
 from fedkd.scenario_file import find, load, shipped
 from fedkd.wording import did_you_mean
@@ -53,7 +53,7 @@ def table(
     except ValueError as error:
         raise ScenarioError(str(error), key="table", hint="see --across and --metric in fedkd table --help") from None
     for file in files:
-        name_file(file)
+        print_path(file)
 
 
 def _strategies() -> dict[str, str]:
@@ -107,12 +107,12 @@ def list_(
     if kind and kind not in KINDS:
         raise ScenarioError(f"cannot list {kind!r}", hint=did_you_mean(kind, KINDS))
     for title in [kind] if kind else ["strategies", "scenarios"]:
-        table = Table(title=None if kind else title, title_justify="left", box=None, show_header=False, pad_edge=False)
-        table.add_column(no_wrap=True, style="bold")
-        table.add_column(overflow="fold")
+        names = Table(title=None if kind else title, title_justify="left", box=None, show_header=False, pad_edge=False)
+        names.add_column(no_wrap=True, style="bold")
+        names.add_column(overflow="fold")
         for name, line in KINDS[title]().items():
-            table.add_row(escape(name), escape(line))
-        console.print(table)
+            names.add_row(escape(name), escape(line))
+        console.print(names)
     if not kind:
         console.print("\nfedkd list models | datasets | partitioners | losses; fedkd describe NAME", markup=False)
     elif kind == "strategies":
@@ -161,17 +161,17 @@ def _describe_strategy(name: str, cls: Any) -> None:
         console.print(f"\n{paragraph}", markup=False, highlight=False)
     hyper = plugins.hyper_parameters(cls)
     if hyper:
-        table = Table(box=None, pad_edge=False)
+        settings = Table(box=None, pad_edge=False)
         for column in ("hyper-parameter", "default", "may be", ""):
-            table.add_column(column, no_wrap=column in ("hyper-parameter", "default"))
+            settings.add_column(column, no_wrap=column in ("hyper-parameter", "default"))
         for item in hyper.values():
             default = "(needed)" if item.default is MISSING else str(item.default)
-            table.add_row(*map(escape, (item.name, default, item.allowed, item.help)))
+            settings.add_row(*map(escape, (item.name, default, item.allowed, item.help)))
         console.print()
-        console.print(table)
+        console.print(settings)
 
 
-def methods(
+def methods_(
     short: Annotated[bool, typer.Option("--short", help="Print the README's table instead.")] = False,
     write: Annotated[
         Path | None,
@@ -184,6 +184,6 @@ def methods(
     found = methods.built_in()
     if write is not None:
         for path in methods.write(write, found):
-            name_file(path)
+            print_path(path)
         return
     typer.echo(methods.short_table(found) if short else methods.page(found), nl=False)

@@ -64,7 +64,9 @@ def run(
 
 
 def resume(
-    folder: Annotated[Path, typer.Argument(help="Folder of an interrupted run, such as runs/quickstart/1a2b3c4d.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of an interrupted run, such as runs/quickstart/feddf-seed0-1a2b3c4d.")
+    ],
     cache: CacheOption = None,
 ) -> None:
     """Go on with an interrupted run, to the same results as without the interruption."""
@@ -87,6 +89,7 @@ def simulate(
     address: AddressOption = None,
     engine: EngineOption = None,
     workers: WorkersOption = None,
+    gpus: Annotated[float, typer.Option(min=0.0, metavar="SHARE", help="Share of a GPU for each worker.")] = 0.0,
 ) -> None:
     """Run any Flower app on this engine: `flwr run` without a SuperLink."""
     engines = ("ray", "inline")
@@ -102,6 +105,7 @@ def simulate(
         run_config=config,
         engine="inline" if engine == "inline" else "ray",
         workers=workers or 0,
+        gpus_per_worker=gpus,
         address=address or "",
     )
 

@@ -1,4 +1,4 @@
-"""What commands share: the console, and arguments that several of them take."""
+"""What commands share: the console, arguments that several of them take, and what they do with these."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def complain(text: str) -> None:
     Console(stderr=True, soft_wrap=True, highlight=False).print(text, markup=False)
 
 
-def name_file(path: Path) -> None:
+def print_path(path: Path) -> None:
     """Print where something is, as it is, in one line.
 
     Parameters

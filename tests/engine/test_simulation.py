@@ -214,6 +214,12 @@ def test_the_command_runs_the_app_of_a_folder(quickstart, tmp_path, capsys):
     assert evaluated["eval_acc"] > 0.5 and trained["visits"] == 3
 
 
+def test_each_worker_of_the_command_gets_its_share_of_a_gpu(quickstart, ray_session, capsys):
+    command = ["simulate", str(quickstart), "--workers", "2", "--gpus", "0.75"]
+    assert cli.main(command) == 1  # logical resources of the session: CPUs alone
+    assert "2 workers need 1.5 GPUs, Ray has 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

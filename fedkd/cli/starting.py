@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from fedkd.cli.terminal import console, name_file
+from fedkd.cli.terminal import console, print_path
 from fedkd.errors import ScenarioError
 
 
@@ -44,7 +44,7 @@ def strategy(
     except OSError as error:
         raise ScenarioError(f"cannot write to {target}: {error.strerror}", hint="choose another --folder") from None
     for path in files:
-        name_file(path)
+        print_path(path)
     steps = {
         f"cd {target}": "",
         f"fedkd run {name}.toml": "# runs it, by module:attribute",
