@@ -1,6 +1,7 @@
 """How fast the engine is, every figure a ratio measured side by side.
 
-    python benchmarks/engine.py [--only W1,W2] [--rounds N] [--quick] [--gpu] [--pfl FOLDER] [--out FILE]
+    python benchmarks/engine.py [--only W1,W2] [--rounds N] [--repeat N] [--quick] [--gpu [--device cpu]] [--pfl FOLDER]
+                                [--out FILE]
 
 Every side (ours, stock Flower, pfl-research, bare PyTorch loops) runs in a fresh process of its own; the sides of a
 workload take turns. See README.md here.
@@ -144,7 +145,7 @@ def w4(bench: Bench) -> None:
 
 def w5(bench: Bench) -> None:
     against = "teachers run on every batch"
-    bench.run("W5", "reevaluated", rounds=1, warmup=0)
+    bench.run("W5", "reevaluated", rounds=2, warmup=1)
     bench.run("W5", "distilled", rounds=2, warmup=1)
     bench.run("W5", "distilled", rounds=2, warmup=1, label="W5/bf16", precision="bf16")
     for kind, key, bar in (("float32", "W5/distilled", 6), ("bf16", "W5/bf16", 8)):
