@@ -1,4 +1,5 @@
 import math
+import operator
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,6 +65,23 @@ def test_parts_are_merged_alike_whoever_merges_what(data, count):
         for level, index, value in part.loose():
             whole.add(index, value, level)
     assert whole.result() == alone.result()
+
+
+@given(st.lists(st.tuples(st.floats(-1e6, 1e6), st.floats(1e-4, 1)), min_size=1, max_size=40), st.data())
+def test_sums_of_one_two_and_eight_workers_have_the_same_bits(cohorts, data):
+    values, costs = zip(*cohorts)
+
+    def total(workers):
+        whole = Parts(operator.add)
+        for task in data.draw(st.permutations(in_tasks(costs, workers))):  # in the order in which they end
+            part = Parts(operator.add)
+            for number in task:
+                part.add(number, values[number])
+            for level, index, value in part.loose():
+                whole.add(index, value, level)
+        return whole.result().hex()
+
+    assert total(1) == total(2) == total(8)
 
 
 def test_nothing_to_merge():

@@ -42,21 +42,46 @@ def wait_until(true, seconds=90.0):
         time.sleep(0.05)
 
 
+def status(pid):
+    """Return the state and the parent of a process; the state is empty if it has ended."""
+    try:
+        state, parent, *_ = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return "", 0
+    return state, int(parent)
+
+
+def computing():
+    """Return the ids of workers of this process's Ray, whose raylet it has started, that are doing a task."""
+    return [pid for pid in processes("ray::Worker.run") if status(status(pid)[1])[1] == os.getpid()]
+
+
+def kill_a_busy_one():
+    """End a worker with SIGKILL in the middle of a task and return its id, or None if all have just finished."""
+    for pid in computing():
+        os.kill(pid, signal.SIGSTOP)  # it can no longer finish while it is looked at
+        wait_until(lambda pid=pid: status(pid)[0] in ("T", ""))
+        if pid in computing():
+            os.kill(pid, signal.SIGKILL)
+            return pid
+        os.kill(pid, signal.SIGCONT)
+    return None
+
+
 class KillsAWorker(run.Listener):
-    """Kills a busy worker with SIGKILL when the first reply of a round arrives: others are then being computed."""
+    """Kills a busy worker when a reply of a round arrives: others are then being computed."""
 
     def __init__(self, round):
-        self.round, self.killed = round, []
+        self.round, self.killed = round, None
 
     def event(self, event):
-        if event["event"] == "reply" and event["round"] == self.round and not self.killed:
-            self.killed = processes("ray::Worker")[:1]
-            os.kill(self.killed[0], signal.SIGKILL)
+        if event["event"] == "reply" and event["round"] == self.round and self.killed is None:
+            self.killed = kill_a_busy_one()
 
 
 # FedAvg sums on the workers, FedDF keeps uploads there and computes on them, FD's clients have memory of their own.
 @pytest.mark.parametrize("strategy", ["fedavg", {"name": "feddf", "steps": 5}, "fd"], ids=["fedavg", "feddf", "fd"])
-def test_a_worker_that_is_killed_changes_no_bit(small, tmp_path, ray_session, strategy):
+def test_a_worker_that_is_killed_changes_no_bit(small, tmp_path, ray_session, caplog, strategy):
     many = {"partition__clients": 40, "run__participation": 1.0, "data__options": {"classes": 4, "train": 2_000}}
     # A trainer that is measured may be another one in the second run, and then the bits are.
     settings = many | {"client__epochs": 20, "partition__alpha": 10.0, "system__trainer": "sequential"}
@@ -66,7 +91,10 @@ def test_a_worker_that_is_killed_changes_no_bit(small, tmp_path, ray_session, st
     on_ray = small(strategy, **settings, system__engine="ray", system__workers=2)
     killed = run.execute(on_ray, out=tmp_path / "ray", listener=killer)
 
-    assert killer.killed and not os.path.exists(f"/proc/{killer.killed[0]}")
+    assert killer.killed is not None
+    wait_until(lambda: not os.path.exists(f"/proc/{killer.killed}"))
+    told = [record.getMessage() for record in caplog.records if record.name == "fedkd.engine.dispatcher"]
+    assert len(told) == 1 and "a worker died" in told[0] and "run again elsewhere" in told[0]
     assert metrics(killed.folder) == metrics(undisturbed.folder)
     assert killed.summary["refused"] == 0
 

@@ -6,6 +6,7 @@ from flwr.app import ConfigRecord, RecordDict
 def counting_app():
     """Adds the client's partition id and its number of calls to what it gets; fails as it is told."""
     import os
+    import signal
     import time
     from pathlib import Path
 
@@ -32,7 +33,7 @@ def counting_app():
             marker = Path(str(config["marker"]))
             if config["always"] or not marker.exists():
                 marker.write_text("died")
-                os._exit(1)
+                os.kill(os.getpid(), signal.SIGKILL)
         if config.get("sleep") == partition:
             time.sleep(config["seconds"])
         arrays = message.content.array_records.get("arrays", ArrayRecord([np.zeros(2, np.float32)]))
@@ -160,6 +161,18 @@ class SumOfArrays:
 
 
 sum_of_arrays = SumOfArrays()
+
+
+class SumOfRoots(SumOfArrays):
+    """A fold whose sums have other bits in another order: square roots fill all the digits of float64."""
+
+    def __call__(self, replies):
+        """Sum a cohort, and take the root."""
+        notes, (total, name) = super().__call__(replies)
+        return notes, (total**0.5, name)
+
+
+sum_of_roots = SumOfRoots()
 
 
 class FailsFor(SumOfArrays):

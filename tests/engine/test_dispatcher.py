@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from flwr.app import Error
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 
 from fedkd.engine import dispatcher as module
 from fedkd.engine.dispatcher import Dispatcher, Job, Pieces
@@ -136,6 +136,19 @@ def test_what_was_queued_on_a_dead_worker_is_not_to_blame(dispatch, monkeypatch)
     assert held(dispatcher) == [["innocent"]]
     end(dispatcher, dispatcher._pool.actors[0], "done")
     assert dispatcher.wait(1)[0] == "done"
+
+
+def test_what_a_worker_had_that_ran_out_of_memory_is_done_by_another_one(dispatch):
+    dispatcher = dispatch(1, [job("large"), job("next"), job("last")])
+    starved = dispatcher._pool.actors[0]
+    end(dispatcher, starved, OutOfMemoryError("Task was killed due to the node running low on memory"))
+    assert dispatcher._pool.actors[0] is not starved
+    assert held(dispatcher) == [["large", "next"]]
+    end(dispatcher, starved, OutOfMemoryError("so was what was queued there"))  # of which nobody wants to hear
+    assert held(dispatcher) == [["large", "next"]]
+    for name in ("large", "next", "last"):
+        assert end(dispatcher, dispatcher._pool.actors[0], f"{name} is done") == name
+    assert [dispatcher.wait(number)[0] for number in range(3)] == ["large is done", "next is done", "last is done"]
 
 
 @pytest.mark.parametrize("what", [ActorDiedError(), raised()], ids=["dies", "raises"])

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 import weakref
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp.strategy import FedAvg
+from ray.exceptions import ActorDiedError, OutOfMemoryError
 
 from fedkd.engine import InlineGrid, Nodes, RayGrid, dispatcher, pool
 from fedkd.errors import RunError
@@ -123,6 +125,26 @@ def test_a_worker_that_dies_changes_no_bit(ray_grid, tmp_path, apps):
 
     assert Path(marker).exists()
     assert replies == expected
+    assert ray_grid.state_dict() == inline.state_dict()
+
+
+def test_a_worker_that_runs_out_of_memory_changes_no_bit(ray_grid, tmp_path, apps, monkeypatch, caplog):
+    """It is killed as by Ray's monitor of the memory; as there, Ray answers so whenever that worker is asked."""
+    told, starved = dispatcher.Dispatcher._ended, OutOfMemoryError("killed due to the node running low on memory")
+
+    def ended(self, number, place, actor, future, refs):
+        if isinstance(future.exception(), ActorDiedError):
+            future = Future()
+            future.set_exception(starved)
+        told(self, number, place, actor, future, refs)
+
+    monkeypatch.setattr(dispatcher.Dispatcher, "_ended", ended)
+    inline = InlineGrid(apps.counting_app, ray_grid.nodes)
+    expected = apps.facts(inline.send_and_receive(apps.ask(inline, range(20))))
+    messages = apps.ask(ray_grid, range(20), die=4, marker=str(tmp_path / "died"), always=False)
+
+    assert apps.facts(ray_grid.send_and_receive(messages)) == expected
+    assert "a worker died (OutOfMemoryError); its clients are run again elsewhere" in caplog.text
     assert ray_grid.state_dict() == inline.state_dict()
 
 

@@ -1,13 +1,22 @@
 """Sums and computations where the clients ran: the same bits on every engine, and nothing more in the driver."""
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import ray
 from flwr.app import ArrayRecord, Error, Message, RecordDict
+from ray import cloudpickle
+from ray.exceptions import RayError
 
 from fedkd.arrays import view
-from fedkd.engine import InlineGrid, Nodes, RayGrid, ray_grid
+from fedkd.engine import InlineGrid, Nodes, RayGrid, pool, ray_grid
+from fedkd.engine.dispatcher import Done
 from fedkd.engine.parcels import Parcel, unpack
+from fedkd.engine.worker import CohortRunner, Worker
 from fedkd.errors import RunError
+from fedkd.threads import one_thread
 
 
 @pytest.fixture(scope="module", params=["inline", "1 worker", "2 workers"])
@@ -52,6 +61,109 @@ def test_parts_of_cohorts_are_merged_pairwise(grid, apps):
     # With states that are known beforehand, and those of the round before, it is the same.
     again = list(grid.send_and_fold(asked(apps, grid), apps.sum_of_arrays))
     assert [each.results for each in again] == [[2] * len(cohort) for cohort in cohorts]
+
+
+def sums(apps, grid, **config):
+    """Run a round on arrays of many numbers; return what came of each cohort, and the bits and the order of the sum."""
+    arrays = ArrayRecord([np.linspace(0, 1, 500, dtype=np.float32)])
+    folded = list(grid.send_and_fold(apps.ask(grid, range(40), arrays=arrays, **config), apps.sum_of_roots))
+    total, tree = folded[-1].part
+    return [(each.partitions, each.results) for each in folded], total.tobytes(), tree
+
+
+def begin(apps, grid):
+    """Call every third client, so that not all have the same state; return the grid."""
+    list(grid.send_and_receive(apps.ask(grid, range(0, 40, 3))))
+    return grid
+
+
+def test_a_worker_that_is_killed_in_a_cohort_changes_no_bit_of_the_sum(ray_session, apps, tmp_path):
+    """First in a task of one cohort, then, when cohorts have been measured, in a task of several; each has three."""
+    nodes, markers = Nodes.alike(40), [tmp_path / name for name in ("first", "then")]
+    inline = InlineGrid(apps.counting_app, nodes)
+    expected = [sums(apps, inline), sums(apps, begin(apps, inline)), sums(apps, inline)]
+    with RayGrid(apps.counting_app, nodes, workers=2) as grid:
+        found = [sums(apps, grid, die=3, marker=str(markers[0]), always=False), sums(apps, begin(apps, grid))]
+        found.append(sums(apps, grid, die=23, marker=str(markers[1]), always=False))
+
+        assert all(marker.exists() for marker in markers)
+        assert found == expected
+        calls = [n for _, results in found[2][0] for n in results]
+        assert calls == [4, 3, 3] * 13 + [4]  # each client has been called once in each of the rounds
+        assert grid.state_dict() == inline.state_dict()
+
+
+class Crew:
+    """Stands for workers of which one does all the work, in some order; nothing of Ray is started."""
+
+    LOST = RayError
+
+    def __init__(self, parts, *, workers, **_):
+        factory, *rest = parts
+        self._runner = CohortRunner(factory(), *rest)
+        self.actors, self.tasks = list(range(workers)), []
+
+    def get(self, refs):
+        return refs
+
+    def put(self, value):
+        return value
+
+    def pickled(self, value):
+        return cloudpickle.dumps(value)
+
+    @contextmanager
+    def dispatch(self, jobs, deadline):
+        with one_thread():
+            worker = Worker(*[None] * 3)
+            worker._runner = self._runner
+            done = {number: getattr(worker, job.method)(*job.arguments) for number, job in reversed([*enumerate(jobs)])}
+        self.tasks.append(len(jobs))
+
+        def result(number):
+            refs = done[number] if jobs[number].returns > 1 else [done[number]]
+            return Done(refs[0], [refs[k] for k in jobs[number].reads], refs)
+
+        yield result
+
+    def close(self):
+        pass
+
+
+def test_eight_workers_come_to_the_bits_of_one_and_of_two(apps, monkeypatch):
+    """Who makes which part of a sum depends on their number."""
+    monkeypatch.setattr(pool, "Pool", Crew)
+    inline, tasks = begin(apps, InlineGrid(apps.counting_app, Nodes.alike(40))), []
+    expected = [sums(apps, inline) for _ in range(3)]
+    for workers in (1, 2, 8):
+        with RayGrid(apps.counting_app, Nodes.alike(40), workers=workers) as grid:
+            grid._costs = SimpleNamespace(of=lambda kind, samples: 0.015 * samples, learn=lambda *_: None)
+            begin(apps, grid)
+            assert [sums(apps, grid) for _ in range(3)] == expected
+            assert grid.state_dict() == inline.state_dict()
+            tasks.append(grid._pool.tasks[1:])
+    assert tasks == [[4] * 3, [6] * 3, [8] * 3]  # in each round so many tasks of the 16 cohorts
+
+
+@pytest.mark.slow
+def test_eight_processes_come_to_the_bits_of_this_one(ray_session, apps, monkeypatch):
+    """More than there are cores, so workers are started without asking Ray for one."""
+
+    class Crowded(SimpleNamespace):
+        def options(self, num_cpus, **others):
+            return ray.remote(Worker).options(num_cpus=0, **others)
+
+    monkeypatch.setattr(pool, "_check_room", lambda *_: None)
+    inline = InlineGrid(apps.counting_app, Nodes.alike(40))
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "ray", SimpleNamespace(**{**vars(ray), "remote": lambda _: Crowded()}))
+        made = RayGrid(apps.counting_app, Nodes.alike(40), workers=8)
+    with made as grid:
+        ray.get(list(grid._pool.loading.values()))  # all of them take part
+        begin(apps, grid), begin(apps, inline)
+        assert [sums(apps, grid) for _ in range(3)] == [sums(apps, inline) for _ in range(3)]
+        asked = apps.ask(grid, range(40), sleep=3, seconds=1.0)
+        assert len({reply.content["metrics"]["pid"] for reply in grid.send_and_receive(asked)}) == 8
 
 
 def test_failures_are_told_and_the_others_are_summed(grid, apps):

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedkd.cohorts import Parts
+from fedkd.engine import InlineGrid
 from fedkd.errors import KnowledgeError
 from fedkd.payloads import Knowledge, LabelCounts, ProxyOutputs, Weights
 from fedkd.server.averaging import Averages, StateMean
@@ -118,7 +119,15 @@ def nan_of(partition):
     return mod
 
 
-STRATEGIES = ["fedavg", "fedprox", "fedgkd", "fedntd", {"name": "feddf", "steps": 3}, {"name": "dsfl", "open_size": 20}]
+STRATEGIES = [
+    "fd",
+    "fedavg",
+    "fedprox",
+    "fedgkd",
+    "fedntd",
+    {"name": "feddf", "steps": 3},
+    {"name": "dsfl", "open_size": 20},
+]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: s if isinstance(s, str) else s["name"])
@@ -152,14 +161,36 @@ def test_sums_of_several_architectures(small, federate, monkeypatch):
         assert all(torch.equal(tensor, again.students[arch][name]) for name, tensor in state.items())
 
 
-def test_uploads_do_not_reach_the_server_where_sums_do(small, federate, monkeypatch):
-    seen = []
-    monkeypatch.setattr(Averages, "add", lambda self, upload: seen.append(sorted(upload.knowledge.payloads)))
-    monkeypatch.setattr(Averages, "result", lambda self: {})
-    _, events = federate(small("fedavg", run__evaluate_ensemble=False), rounds=1)
+@pytest.mark.parametrize("strategy", ["fedavg", {"name": "dsfl", "open_size": 300}], ids=["fedavg", "dsfl"])
+def test_uploads_do_not_reach_the_server_where_sums_do(small, federate, monkeypatch, strategy):
+    """What the server gets passes the grid: of each client a note, and of all of them one sum."""
+    notes, kept, parts, whole = [], [], [], []
+    send_and_fold, send_and_receive = InlineGrid.send_and_fold, InlineGrid.send_and_receive
 
-    assert all(kinds == ["weights"] for kinds in seen)  # what is added is whole, where the client ran
-    assert next(e for e in events if e["event"] == "round")["bytes_up"]["weights"] > 0
+    def folding(grid, messages, fold, *, keep=False):
+        for folded in send_and_fold(grid, messages, fold, keep=keep):
+            notes.extend(len(pickle.dumps(result)) for result in folded.results)
+            kept.extend(folded.kept)
+            if folded.part is not None:
+                parts.append(len(pickle.dumps(folded.part)))
+            yield folded
+
+    def receiving(grid, messages, **more):
+        messages = list(messages)
+        whole.extend(message.metadata.message_type for message in messages)
+        return send_and_receive(grid, messages, **more)
+
+    monkeypatch.setattr(InlineGrid, "send_and_fold", folding)
+    monkeypatch.setattr(InlineGrid, "send_and_receive", receiving)
+    clients = {"partition__clients": 24, "run__participation": 1.0, "partition__alpha": 5.0, "proxy__size": 300}
+    data = {"classes": 4, "dimensions": 12, "train": 1_000, "test": 100}
+    wide = {"models__options": {"hidden": [128]}, "run__evaluate_ensemble": False}
+    _, events = federate(small(strategy, **clients, **wide, data__options=data), rounds=1)
+
+    [uploaded] = [sum(event["bytes_up"].values()) / 24 for event in events if event["event"] == "round"]
+    assert "train" not in whole and kept == [None] * 24
+    assert len(notes) == 24 and max(notes) < uploaded / 4
+    assert len(parts) == 1 and parts[0] < 3 * uploaded  # in float64, and what pickle adds
 
 
 def counted(partition, counts, examples, values=(1.0,)):
