@@ -1,10 +1,18 @@
 """Ray is started with what workers need, and only where there is something to run."""
 
+import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
+import time
+from contextlib import suppress
+from pathlib import Path
 
+import psutil
 import pytest
 import ray
 
@@ -14,6 +22,7 @@ from fedkd.errors import RunError
 from fedkd.jobs import execute_sweep
 from fedkd.run_folder import folder_of
 from fedkd.sweep import Cell
+from fedkd.threads import cores
 
 STARTED = """
 import os, ray, torch
@@ -134,3 +143,85 @@ def test_ray_is_not_started_for_runs_that_are_finished(small, tmp_path, monkeypa
     monkeypatch.setattr(cluster, "start_ray", lambda *_: pytest.fail("Ray was started"))
     [(_, result)], failed = execute_sweep([Cell("one", {}, on_ray)], out=tmp_path)
     assert result.skipped and not failed
+
+
+# --- a cluster that somebody else has started --------------------------------------------------------------------
+
+TINY = """
+[data]
+source = "synthetic"
+options = { classes = 3, dimensions = 4, train = 90, test = 30 }
+[partition]
+name = "iid"
+clients = 3
+[models]
+student = "mlp"
+[run]
+rounds = 2
+"""
+
+LOOK = """
+import sys, ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+print(ray.get_runtime_context().get_job_id(), ray.cluster_resources()["CPU"], ray.available_resources()["CPU"])
+"""
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture
+def head(monkeypatch):
+    """Start Ray as a user does, with a CPU more than there are; return where it is. Nothing of it is left."""
+    home = tempfile.mkdtemp(prefix="fedkd")  # sockets lie there, and their paths must be short
+    monkeypatch.setenv("RAY_TMPDIR", home)  # where `auto` looks for an address, so that nobody else finds this one
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ports = [f"--port={free_port()}", f"--ray-client-server-port={free_port()}", "--include-dashboard=false"]
+    command = [
+        str(Path(sys.executable).with_name("ray")),
+        "start",
+        "--head",
+        "--block",
+        "--disable-usage-stats",
+        *ports,
+    ]
+    with (Path(home) / "log").open("w") as log:
+        started = subprocess.Popen([*command, f"--num-cpus={cores() + 1}"], stdout=log, stderr=log)
+    file = Path(home) / "ray" / "ray_current_cluster"
+    try:
+        until = time.monotonic() + 60
+        while not file.exists():
+            assert started.poll() is None and time.monotonic() < until, (Path(home) / "log").read_text()
+            time.sleep(0.1)
+        yield file.read_text().strip()
+    finally:
+        children = psutil.Process(started.pid).children(recursive=True)
+        started.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            started.wait(20)
+        for process in (*children, started):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        started.wait(10)
+        psutil.wait_procs(children, timeout=10)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_a_command_with_the_address_auto_joins_the_cluster_of_this_machine_and_leaves_it_running(head, tmp_path):
+    def python(*arguments):
+        done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    (tmp_path / "tiny.toml").write_text(TINY)
+    python("-m", "fedkd.cli", "run", "tiny.toml", "--address", "auto", "--cache", "cache")
+    (summary,) = (tmp_path / "runs" / "tiny").glob("*/summary.json")
+    assert json.loads(summary.read_text())["rounds"] == 2
+    assert json.loads(summary.with_name("environment.json").read_text())["workers"] == cores() + 1
+    # Whoever joins now is the second one, and finds all CPUs free.
+    job, *cpus = python("-c", LOOK, head).split()
+    assert job == "02000000" and [float(number) for number in cpus] == [cores() + 1] * 2

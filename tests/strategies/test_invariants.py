@@ -1,19 +1,18 @@
 """What must hold for every method: oracles that do not know how the method is written (methods of the literature)."""
 
 import sys
+from collections import defaultdict
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from fedkd import methods
 from fedkd.client import sequential, vectorised
 
-STRATEGIES = ["fedavg", "fedprox", "feddf", "fedgkd", "fedntd", "dsfl", "fd"]
-STRATEGIES += ["fedgkd_vote", "fedcad", "fedssd", "local", "centralized"]
-STRATEGIES += ["fedbe", "fedaux", "fedftg"]
-STRATEGIES += ["fedgems", "fedgkt", "distributed"]
-STRATEGIES += ["fedmd", "cfd", "mhat", "cronus"]
+STRATEGIES = list(methods.built_in())  # all of them, so that a new one is not forgotten
 # Whose bytes depend on clients' sizes, neighbours or mistakes: tested in the files of these methods.
 BYTES_VARY = {"fedgems", "fedgkt", "distributed", "fedmd", "cfd", "mhat", "cronus"}
 
@@ -142,9 +141,32 @@ TOGETHER = {
     "fedssd": {"threshold": 0.0, "m_max": 0.5},
     "fedftg": {"iterations": 1},
 }
+NEVER_TOGETHER = {"centralized": "the server trains one model on all data; there are no clients that could meet"}
 
 
-@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "centralized"])
+def noting(seen):
+    """Return a mod that notes all arrays that clients send up and keep, by round, kind of message and client."""
+
+    def mod(message, context, call_next):
+        reply = call_next(message, context)
+        at = (
+            message.content["config"]["server-round"],
+            message.metadata.message_type,
+            context.node_config["partition-id"],
+        )
+        places = {"sent": reply.content.array_records, "kept": context.state.array_records}
+        seen[at] += [
+            (f"{place}/{kind}/{name}", array.numpy().copy())
+            for place, records in places.items()
+            for kind, record in records.items()
+            for name, array in record.items()
+        ]
+        return reply
+
+    return mod
+
+
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name not in NEVER_TOGETHER])
 def test_clients_trained_together_learn_what_they_learn_alone(small, federate, name, monkeypatch, fast):
     together, alone = [], []
     train_one, train_all = sequential.train, vectorised._Cohort.train
@@ -152,18 +174,31 @@ def test_clients_trained_together_learn_what_they_learn_alone(small, federate, n
     monkeypatch.setattr(vectorised._Cohort, "train", lambda self: together.append(len(self.tasks)) or train_all(self))
     method = fast(name) | TOGETHER.get(name, {})
     everybody = {"run__rounds": 2, "run__participation": 1.0, "system__cohort": 6}
-    one, events = federate(small(method, **everybody, system__trainer="sequential"))
+    ours, theirs = defaultdict(list), defaultdict(list)
+    one, events = federate(small(method, **everybody, system__trainer="sequential"), mods=[noting(ours)])
     assert alone and not together
     alone.clear()
-    other, others = federate(small(method, **everybody, system__trainer="vectorised"))
+    other, others = federate(small(method, **everybody, system__trainer="vectorised"), mods=[noting(theirs)])
 
     assert set(together) == {6} if name != "fedmd" else max(together) == 6  # whose clients stop at different passes
     assert not alone or name == "fedmd"
+    # Clients send or keep nearly the same numbers after every message, and each has some after every round.
+    compared = set()
+    assert ours.keys() == theirs.keys()
+    for (round, kind, client), arrays in ours.items():
+        for (place, array), (same, twin) in zip(arrays, theirs[round, kind, client], strict=True):
+            assert place == same and array.dtype == twin.dtype
+            if array.dtype.kind == "f":
+                np.testing.assert_allclose(twin, array, rtol=1e-4, atol=1e-4, err_msg=f"{place} of {client} in {round}")
+                compared |= {(round, client)} if array.size > 1 else set()
+            else:
+                np.testing.assert_array_equal(twin, array)
+    assert compared >= {(round, client) for round in (1, 2) for client in range(6)}
     for arch, state in one.students.items():
         for key, tensor in state.items():
             torch.testing.assert_close(tensor, other.students[arch][key], rtol=1e-3, atol=1e-3)
-    for ours, theirs in zip(rounds_of(events), rounds_of(others), strict=True):
-        assert ours["train"] == pytest.approx(theirs["train"], rel=1e-3, abs=1e-5)
+    for before, after in zip(rounds_of(events), rounds_of(others), strict=True):
+        assert before["train"] == pytest.approx(after["train"], rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
