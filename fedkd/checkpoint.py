@@ -81,7 +81,12 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> None:
-    """Check that what `save` wrote is there, and was not cut off.
+    """Check that what `save` wrote is there, and was not cut off; the numbers are not read.
+
+    Parameters
+    ----------
+    folder : Path
+        Where it was written.
 
     Raises
     ------

@@ -21,6 +21,7 @@ from fedkd.cluster import runtime_env, worker_env
 from fedkd.errors import RunError
 from fedkd.jobs import execute_sweep
 from fedkd.run_folder import folder_of
+from fedkd.scenario_file import dump
 from fedkd.sweep import Cell
 from fedkd.threads import cores
 
@@ -147,19 +148,6 @@ def test_ray_is_not_started_for_runs_that_are_finished(small, tmp_path, monkeypa
 
 # --- a cluster that somebody else has started --------------------------------------------------------------------
 
-TINY = """
-[data]
-source = "synthetic"
-options = { classes = 3, dimensions = 4, train = 90, test = 30 }
-[partition]
-name = "iid"
-clients = 3
-[models]
-student = "mlp"
-[run]
-rounds = 2
-"""
-
 LOOK = """
 import sys, ray
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
@@ -211,16 +199,16 @@ def head(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_command_with_the_address_auto_joins_the_cluster_of_this_machine_and_leaves_it_running(head, tmp_path):
+def test_a_command_with_the_address_auto_joins_the_cluster_of_this_machine_and_leaves_it_running(head, small, tmp_path):
     def python(*arguments):
         done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    (tmp_path / "tiny.toml").write_text(TINY)
-    python("-m", "fedkd.cli", "run", "tiny.toml", "--address", "auto", "--cache", "cache")
-    (summary,) = (tmp_path / "runs" / "tiny").glob("*/summary.json")
-    assert json.loads(summary.read_text())["rounds"] == 2
+    (tmp_path / "small.toml").write_text(dump(small("fedavg", system__engine="ray")))
+    python("-m", "fedkd.cli", "run", "small.toml", "--address", "auto", "--cache", "cache")
+    (summary,) = (tmp_path / "runs" / "small").glob("*/summary.json")
+    assert json.loads(summary.read_text())["rounds"] == 3
     assert json.loads(summary.with_name("environment.json").read_text())["workers"] == cores() + 1
     # Whoever joins now is the second one, and finds all CPUs free.
     job, *cpus = python("-c", LOOK, head).split()

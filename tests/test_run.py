@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from safetensors.torch import load_file
 
 from fedkd import checkpoint, grids, run
-from fedkd.errors import LostError, RunError, ScenarioError
+from fedkd.errors import RunError, ScenarioError
 from fedkd.server.descent import Descent
 
 STRATEGIES = [
@@ -392,65 +392,6 @@ def test_a_client_with_huge_weights_does_not_stop_the_round(small, tmp_path, mon
     assert event["received"] == 6 and server["loss"] is None and 0 <= server["accuracy"] <= 1
     assert ensemble["loss"] < 2 and ensemble["accuracy"] > 0.25  # of the five others
     json.loads((result.folder / "summary.json").read_text(), parse_constant=pytest.fail)
-
-
-class Loses(run.Listener):
-    """Does something when a round begins, as often as it is told."""
-
-    def __init__(self, times, lose):
-        self.left, self.lose = dict(times), lose
-
-    def event(self, event):
-        if event["event"] == "started" and self.left.get(event["round"], 0):
-            self.left[event["round"]] -= 1
-            self.lose()
-
-
-def notes(folder):
-    """Return what a run has noted beside its rounds."""
-    return [event for event in run.read_metrics(folder) if event["event"] != "round"]
-
-
-@pytest.mark.parametrize(("every", "ran_again"), [(1, []), (2, [{"event": "resumed", "after_round": 0}])])
-def test_a_lost_state_comes_from_the_checkpoint_only_if_it_is_the_one_that_was_saved(
-    small, tmp_path, monkeypatch, ray_session, every, ran_again
-):
-    from ray._private.internal_api import free
-
-    all_remember = {"client__terms": [{"teacher": "own"}], "run__participation": 1.0, "run__checkpoint_every": every}
-
-    def scenario(**system):
-        return small("fedavg", **all_remember, system={"trainer": "sequential", "server_threads": 1, **system})
-
-    made, make = [], grids.RayGrid
-    monkeypatch.setattr(grids, "RayGrid", lambda *given, **more: made.append(make(*given, **more)) or made[-1])
-    loses = Loses({2: 1}, lambda: free([made[-1]._states[client] for client in (1, 3)]))  # as if their node had left
-    inline = run.execute(scenario(engine="inline"), out=tmp_path / "inline")
-    on_ray = run.execute(scenario(engine="ray", workers=2), out=tmp_path / "ray", listener=loses)
-
-    restored = [{"event": "state-lost", "round": 2, "partition_id": n, "restored_from": 1} for n in (1, 3)]
-    lost = sorted(notes(on_ray.folder), key=lambda event: event.get("partition_id", 0))
-    assert lost == (ran_again or restored)
-    assert on_ray.summary["states_lost"] == (0 if ran_again else 2) and inline.summary["states_lost"] == 0
-    assert metrics(on_ray.folder) == metrics(inline.folder)
-
-
-def test_a_run_goes_on_from_a_checkpoint_three_times_and_then_stops_resumably(small, tmp_path):
-    def lose():
-        raise LostError("uploads were lost with their node")
-
-    scenario = small("fedgkd")
-    whole = run.execute(scenario, out=tmp_path / "whole")
-    often = run.execute(scenario, out=tmp_path / "often", listener=Loses({2: 3, 3: 3}, lose))
-    assert [event["after_round"] for event in notes(often.folder)] == [1, 1, 1, 2, 2, 2]
-    assert metrics(often.folder) == metrics(whole.folder)
-
-    too_often = Loses({2: 9}, lose)
-    with pytest.raises(RunError, match=r"uploads were lost with their node[\s\S]*fedkd resume"):
-        run.execute(scenario, out=tmp_path / "too often", listener=too_often)
-    assert too_often.left == {2: 5}
-    (folder,) = (tmp_path / "too often" / "small").iterdir()
-    assert metrics(run.resume(folder).folder) == metrics(whole.folder)
 
 
 @pytest.mark.parametrize(
