@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from fedkd.client.vectorised import obstacle, schedule
+from fedkd.client.vectorised import obstacle, schedule_in_parts
 from fedkd.cohorts import COHORTS
 from fedkd.data.batches import epoch_order, step_order
 from fedkd.engine.measure import Measured, median
@@ -116,6 +116,7 @@ class _Group:
     steps: np.ndarray  # of each of them in a round
     clients: int  # in a round
     obstacle: str  # why they cannot be trained as one
+    weight_bytes: int  # of one of them
     took: dict[str, _Took] = field(default_factory=dict)  # by trainer
 
     def cohort(self, width: int) -> np.ndarray:
@@ -208,7 +209,8 @@ class _Preflight:
         batches = [_batches(int(samples), self.scenario.client) for samples in group.samples[places]]
         alone = group.took["sequential"]
         most = max(MORE, int(WHOLE / (width * alone.seconds / group.steps.mean())))
-        lengths = (most,) if most >= max(map(len, batches)) else (FEW, most)
+        # The shorter runs are long enough to get to what is replayed, see `fedkd.tapes`.
+        lengths = (most,) if most >= max(map(len, batches)) else (max(FEW, most // 2), most)
         peak = self._run(group, [(places, MORE, "vectorised")], memory=True, everywhere=everywhere)
         plan = [(places, steps, trainer) for trainer in trainers for steps in lengths]
         passes = self._passes(group, plan, again, everywhere) if peak else []
@@ -218,8 +220,11 @@ class _Preflight:
         times = iter(median(runs).seconds for runs in zip(*passes))
         for trainer in trainers:
             took = [next(times) for _ in lengths]
-            steps = [_taken(trainer, [each[:length] for each in batches]) for length in lengths]
-            seconds = _whole(took[0], steps[0], took[-1], steps[-1], _taken(trainer, batches)) / width
+            bytes_each = 0 if self.on_gpu else group.weight_bytes
+            *steps, whole = (
+                _taken(trainer, [each[:length] for each in batches], bytes_each) for length in (*lengths, None)
+            )
+            seconds = _whole(took[0], steps[0], took[-1], steps[-1], whole) / width
             group.took[trainer] = alone._replace(seconds=seconds)
         graphs = 2 if self.scenario.system.graphs else 1  # with memory of their own
         group.took["vectorised"] = group.took["vectorised"]._replace(
@@ -390,7 +395,8 @@ def _groups(server: ServerRuntime) -> list[_Group]:
                 samples=samples[mine],
                 steps=np.full(len(mine), client.steps) if client.steps else steps[mine],
                 clients=max(1, round(selected * len(mine) / len(eligible))),
-                obstacle=obstacle(server.model(arch)),
+                obstacle=obstacle(model := server.model(arch)),
+                weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
             )
         )
     return groups
@@ -404,9 +410,12 @@ def _batches(samples: int, client: Client) -> list[int]:
     return [len(batch) for batch in epoch_order(ids, client.batch_size, rng)] * client.epochs
 
 
-def _taken(trainer: str, batches: list[list[int]]) -> int:
+def _taken(trainer: str, batches: list[list[int]], weight_bytes: int) -> int:
     """Return the steps that a cohort takes: those of all clients one after another, or as they are taken together."""
-    return sum(map(len, batches)) if trainer == "sequential" else sum(1 for _ in schedule(batches))
+    if trainer == "sequential":
+        return sum(map(len, batches))
+    longest_first = sorted(batches, key=len, reverse=True)
+    return sum(1 for _ in schedule_in_parts(longest_first, weight_bytes))
 
 
 def _whole(few: float, short: int, more: float, long: int, steps: float) -> float:

@@ -28,24 +28,34 @@ class Places:
 
     def __init__(self, clients: Sequence[int], device: torch.device) -> None:
         self.clients, self.device = clients, device
-        neighbours = clients[-1] - clients[0] == len(clients) - 1
-        self._index = slice(clients[0], clients[-1] + 1) if neighbours else self._here(torch.tensor(clients))
+        self.neighbours = clients[-1] - clients[0] == len(clients) - 1
+        self._index = slice(clients[0], clients[-1] + 1) if self.neighbours else self._here(torch.tensor(clients))
+        self._views: dict[int, tuple[Tensor, Tensor]] = {}
 
     def take(self, stack: Tensor) -> Tensor:
-        """Return the clients' entries: a view where they are neighbours, else a copy."""
-        return stack[self._index]
+        """Return the clients' entries: where they are neighbours a view, always the same one, else a copy."""
+        if not self.neighbours:
+            return stack[self._index]
+        if id(stack) not in self._views:
+            self._views[id(stack)] = stack, stack[self._index]
+        return self._views[id(stack)][1]
+
+    @property
+    def stacks(self) -> list[Tensor]:
+        """Those stacks of which a view has been taken."""
+        return [stack for stack, _ in self._views.values()]
 
     def put(self, stack: Tensor, entries: Tensor) -> None:
         """Put entries back that `take` gave and that were changed in place."""
-        if not isinstance(self._index, slice):
+        if not self.neighbours:
             stack[self._index] = entries
 
     def numbers(self, values: Sequence[float], *, change: bool) -> float | Tensor:
         """Return one number for each of the clients, on their device; a plain one where it is the same for all.
 
-        A GPU gets a tensor for numbers that `change` from step to step: graphs keep plain ones as they were recorded.
+        Numbers that `change` from step to step are in a tensor, as what is replayed keeps plain ones as they were.
         """
-        if len(set(values)) == 1 and not (change and self.device.type == "cuda"):
+        if len(set(values)) == 1 and not change:
             return values[0]
         return self._here(torch.tensor(values, dtype=torch.float32))
 

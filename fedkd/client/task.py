@@ -149,8 +149,7 @@ class Task:
     def stream(self) -> Iterator[Batch]:
         """Yield the batches; without augmentation many are gathered at once, which is faster."""
         generator = self.generator()
-        sample_bytes = 4 * math.prod(self.data.x.shape[1:])
-        width = max(1, GATHERED // max(1, sample_bytes * max(map(len, self.batches), default=1)))
+        width = max(1, GATHERED // (self.data.sample_bytes * max(map(len, self.batches), default=1)))
         if generator is not None:
             width = 1
         for start in range(0, len(self.batches), width):

@@ -6,8 +6,9 @@ and draws of the augmentation are those of `fedkd.client.sequential`, and weight
 a loss has a kink, rounding decides: the mean absolute error of a student that still equals its teacher, say.)
 
 Clients are independent, so nobody has to be at the same step as the others: those who wait for batches of the same
-size take them together (see `schedule`). On a GPU, steps that come again and again can be replayed from a graph (see
-`fedkd.graphs`).
+size take them together (see `schedule`). On a CPU they do so while the weights of all of them fit into its cache; who
+comes later follows. Steps that come again and again are replayed: on a CPU from a tape (see `fedkd.tapes`), on a GPU
+from a graph if a scenario asks for it (see `fedkd.graphs`).
 """
 
 from __future__ import annotations
@@ -29,14 +30,18 @@ from fedkd.client import sequential
 from fedkd.client.optimizers import clip, stacked_optimizer
 from fedkd.client.shared import Frozen
 from fedkd.client.stacks import CannotVectorise, Places, Stack, brought_home, transposed_weights
-from fedkd.client.task import Task
+from fedkd.client.task import GATHERED, Task
 from fedkd.data.batches import Batch
 from fedkd.graphs import Recorder
+from fedkd.tapes import Tapes
 
 if TYPE_CHECKING:
     from fedkd.models import Outputs
 
 log = logging.getLogger(__name__)
+
+CACHED = 4 << 20
+"""Bytes of weights that clients who are trained together on a CPU may have: about as much as a core keeps close."""
 
 
 def train(tasks: Sequence[Task]) -> list[Exception | None]:
@@ -108,6 +113,30 @@ def schedule(sizes: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         yield group
 
 
+def schedule_in_parts(sizes: Sequence[Sequence[int]], weight_bytes: int) -> Iterator[list[int]]:
+    """Yield which clients take their next batch together, as `schedule` does, but for parts of them in turn.
+
+    Parameters
+    ----------
+    sizes : sequence of sequence of int
+        Size of each batch of each client.
+    weight_bytes : int
+        Bytes of a client's weights where only as many clients are trained together as have `CACHED` of them; 0: all.
+        Parts are of one size where not many more are needed for that: then all of them can be replayed from one tape.
+
+    Examples
+    --------
+    >>> list(schedule_in_parts([[4, 4]] * 3, CACHED))
+    [[0], [0], [1], [1], [2], [2]]
+    """
+    number = len(sizes)
+    least = min(number, -(-number * weight_bytes // CACHED)) or 1
+    parts = next((count for count in range(least, int(1.5 * least) + 1) if number % count == 0), least)
+    for part in np.array_split(np.arange(number), parts):
+        for clients in schedule([sizes[client] for client in part]):
+            yield [int(part[client]) for client in clients]
+
+
 class _Cohort:
     """Some students while they are trained together.
 
@@ -126,6 +155,7 @@ class _Cohort:
         states = [{name: task.student.state[name] for name in parameters} for task in tasks]
         turned = transposed_weights(self.shared.module)
         self.state: dict[str, Tensor] = Stack(states, "the state", self.device, share=False, turned=turned).tree
+        self.weight_bytes = sum(stack[0].nbytes for stack in self.state.values()) if self.device.type == "cpu" else 0
         self.learning = [name for name, parameter in parameters.items() if parameter.requires_grad]
         self.aux = Stack([task.aux for task in tasks], "what `absorb` returns", self.device)
         self.teachers = [
@@ -142,7 +172,8 @@ class _Cohort:
         self.steps = [0] * len(tasks)
         self.tally: dict[str, Tensor] = {}
         self.sums: dict[str, Tensor] = {}
-        self.recorder = Recorder(self.device, first.student.graphs)
+        self.stacks: list[Tensor] = []  # those of which a step needs its clients' entries
+        self.recorder, self.tapes = Recorder(self.device, first.student.graphs), Tapes()
 
     def train(self) -> None:
         """Take all steps, and only then change the students."""
@@ -164,45 +195,73 @@ class _Cohort:
                 task.means.setdefault("loss", sum(task.means.values()))
 
     def _batches(self) -> Iterator[tuple[list[int], Batch, int]]:
-        """Yield the clients of each step, their batches, stacked, and how many such steps are left with this one.
+        """Yield the clients of each step, their batches, stacked, and how many steps like it are left with this one.
 
-        All ids go to the device at once.
+        Like it are steps of the same clients, on a CPU of as many, with batches of the same size.
         """
-        first = self.tasks[0]
+        sizes = [[len(rows) for rows in task.batches] for task in self.tasks]
         order = [iter(task.batches) for task in self.tasks]
         steps = [
             (clients, [next(order[client]) for client in clients])
-            for clients in schedule([[len(rows) for rows in task.batches] for task in self.tasks])
+            for clients in schedule_in_parts(sizes, self.weight_bytes)
         ]
+        kinds = [
+            (len(clients) if self.device.type == "cpu" else tuple(clients), len(batches[0]))
+            for clients, batches in steps
+        ]
+        to_come = Counter(kinds)
+        for (clients, _), kind, batch in zip(steps, kinds, self._gathered(steps)):
+            yield clients, batch, to_come[kind]
+            to_come[kind] -= 1
+
+    def _gathered(self, steps: Sequence[tuple[list[int], list[np.ndarray]]]) -> Iterator[Batch]:
+        """Yield the stacked batches of steps. All ids go to the device at once."""
         if not steps:
             return
+        first = self.tasks[0]
         rows = np.concatenate([one for _, batches in steps for one in batches])
         named = [self.tasks[client].named(one) for clients, batches in steps for client, one in zip(clients, batches)]
         ids = first.data.ids_on(np.concatenate(named), self.device)
         generators = [task.generator() for task in self.tasks]
-        start = 0
-        to_come = Counter((*clients, len(batches[0])) for clients, batches in steps)
-        for clients, batches in steps:
-            part = slice(start, start := start + len(clients) * len(batches[0]))
-            drawing = [generator for client in clients if (generator := generators[client]) is not None]
-            batch = first.gather(rows[part], ids[part], drawing)
-            stacked = Batch(*(tensor.unflatten(0, (len(clients), -1)) for tensor in batch))
-            yield clients, stacked, to_come[(*clients, len(batches[0]))]
-            to_come[(*clients, len(batches[0]))] -= 1
+        ends = np.cumsum([len(clients) * len(batches[0]) for clients, batches in steps])
+        # On the CPU many batches are gathered at once, which is faster, unless each of them draws its augmentation.
+        several = self.device.type == "cpu" and generators[0] is None
+        most = GATHERED // first.data.sample_bytes if several else 0
+        step = start = 0
+        while step < len(steps):
+            last = max(step + 1, int(np.searchsorted(ends, start + most, "right")))
+            some, part, lengths = (
+                steps[step:last],
+                slice(start, ends[last - 1]),
+                np.diff(ends[step:last], prepend=start),
+            )
+            drawing = [draws for clients, _ in some for client in clients if (draws := generators[client]) is not None]
+            gathered = first.gather(rows[part], ids[part], drawing)
+            for (clients, _), *batch in zip(some, *(tensor.split(lengths.tolist()) for tensor in gathered)):
+                yield Batch(*(tensor.unflatten(0, (len(clients), -1)) for tensor in batch))
+            step, start = last, part.stop
 
     def _step(self, places: Places, batch: Batch, to_come: int) -> None:
         """Take a step with some clients."""
         numbers = self.optimizer.begin(places, [self.rates[client][self.steps[client]] for client in places.clients])
-        begins = not self.steps[places.clients[0]]  # then it does for all of them, see `schedule`
+        # Who begins a tally does so for all of them, see `schedule`.
+        begins = self.tasks[0].observe is not None and not self.steps[places.clients[0]]
         fixed = [None if isinstance(number, Tensor) else number for number in numbers]
 
         def work(x: Tensor, y: Tensor, ids: Tensor, *changing: Tensor) -> None:
             rest = iter(changing)
             self._descend(places, Batch(x, y, ids), [next(rest) if one is None else one for one in fixed], begins)
 
-        changing = [number for number in numbers if isinstance(number, Tensor)]
-        key = (tuple(places.clients), batch.x.shape, tuple(fixed), begins)
-        self.recorder.do(key, work, [*batch, *changing], to_come)
+        inputs = [*batch, *(number for number in numbers if isinstance(number, Tensor))]
+        if self.recorder.able:
+            self.recorder.do((tuple(places.clients), batch.x.shape, tuple(fixed), begins), work, inputs, to_come)
+        elif self.device.type == "cpu" and places.neighbours:
+            entries = [places.take(stack) for stack in self.stacks]
+            key = (batch.x.shape, tuple(fixed), begins)
+            self.tapes.do(key, lambda: work(*inputs), [*inputs, *entries], to_come if entries else 0)
+            self.stacks = self.stacks or places.stacks
+        else:
+            work(*inputs)
         for client in places.clients:
             self.steps[client] += 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -101,6 +102,11 @@ class ArrayData:
     def labels(self) -> np.ndarray | None:
         """Labels by id, int64 [N], or None."""
         return self._labels
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of a sample in a batch."""
+        return max(1, (8 if self.kind == "tokens" else 4) * math.prod(self.x.shape[1:]))
 
     def take(self, ids: np.ndarray, *, labelled: bool = True) -> ArrayData:
         """Return a view of some samples, renumbered from 0, with or without their labels."""

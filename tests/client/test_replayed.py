@@ -1,9 +1,7 @@
 """Students whose steps are replayed from graphs: the bits of students whose steps are taken."""
 
 import pytest
-import torch
 
-from fedkd.client.stacks import Places
 from fedkd.graphs import Graph, Recorder
 
 
@@ -19,14 +17,9 @@ from fedkd.graphs import Graph, Recorder
 )
 @pytest.mark.parametrize("term", [None, "ema:0.9", "own"])
 def test_replayed_training_has_the_bits_of_training(small, cohort, close, taped, monkeypatch, client, term):
-    numbers = Places.numbers
-
-    def on_a_gpu(self, values, *, change):
-        return torch.tensor(values, dtype=torch.float32) if change else numbers(self, values, change=False)
-
-    monkeypatch.setattr(Places, "numbers", on_a_gpu)
     terms = [{"loss": "kd", "weight": 0.5, "teacher": term}] if term else []
     scenario = small("fedavg", client=client | {"epochs": 6, "batch_size": 8, "terms": terms}, system__graphs=True)
+    monkeypatch.setattr("fedkd.tapes.REPLAYS", 1000)
     before = cohort(scenario).train(2, trainer="vectorised")
     with taped() as tapes:
         close(cohort(scenario).train(2, trainer="vectorised"), before, 0.0)

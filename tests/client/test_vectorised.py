@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedkd import grids, run
+from fedkd import grids, run, tapes
 from fedkd.client import vectorised
 from fedkd.client.handlers import REFUSED, make_app
 from fedkd.losses import names
@@ -27,9 +27,14 @@ IMAGES = {
 }
 
 
-@pytest.fixture
-def both(cohort, close, trained):
-    """Return a function that trains a scenario's clients both ways and checks that all agrees; it returns all."""
+@pytest.fixture(params=[vectorised.CACHED, 1], ids=["", "in-turn"])
+def both(cohort, close, trained, monkeypatch, request):
+    """Return a function that trains a scenario's clients both ways and checks that all agrees; it returns all.
+
+    Steps are replayed wherever they can be, with all clients at once and with one after the other.
+    """
+    monkeypatch.setattr("fedkd.tapes.REPLAYS", 0)
+    monkeypatch.setattr(vectorised, "CACHED", request.param)
 
     def run(scenario, rounds=1, tolerance=1e-5, clients=CLIENTS, **config):
         one_by_one = cohort(scenario).train(rounds, trainer="sequential", **config)
@@ -98,6 +103,34 @@ def test_a_schedule_takes_every_batch_once_in_each_clients_order(sizes):
             at[client] += 1
             begun[client] += 1
     assert at == [len(each) for each in sizes]
+
+
+@pytest.mark.parametrize(
+    ("clients", "sizes"),
+    [(6, [6]), (12, [6, 6]), (25, [5] * 5), (10, [5, 5]), (13, [5, 4, 4]), (31, [6] + [5] * 5), (0, [])],
+)
+def test_parts_of_a_cohort_are_of_one_size_where_that_can_be_had(clients, sizes):
+    # Six clients have as many bytes of weights as a part is allowed.
+    steps = list(vectorised.schedule_in_parts([[4, 4]] * clients, vectorised.CACHED // 6))
+    assert steps[::2] == steps[1::2] and [len(each) for each in steps[::2]] == sizes
+    assert [client for each in steps[::2] for client in each] == list(range(clients))
+    assert list(vectorised.schedule_in_parts([[4, 4]] * clients, 0)) == [list(range(clients))] * (2 * bool(clients))
+
+
+def test_steps_are_replayed_for_clients_that_come_later_and_batches_of_any_size(small, cohort, close, monkeypatch):
+    recorded, replayed = [], []
+    record, replay = tapes.record, tapes.Tape.replay
+    monkeypatch.setattr(tapes, "record", lambda *work: recorded.append(record(*work)) or recorded[-1])
+    monkeypatch.setattr(tapes.Tape, "replay", lambda self, given: (replayed.append(self), replay(self, given)))
+    monkeypatch.setattr(vectorised, "CACHED", 1)
+    scenario = small("fd", partition={"name": "iid", "clients": 5}, client={"batch_size": 16, "epochs": 3, "lr": 0.1})
+    with_tapes = cohort(scenario).train(trainer="vectorised")
+    # 64 samples, a tenth of them for validation or none: full batches and a smaller one, and those that begin a tally.
+    assert None not in recorded and len(recorded) <= 3 and len(replayed) > 20
+    assert len({id(tape) for tape in replayed}) == len(recorded)
+    monkeypatch.setattr(tapes, "REPLAYS", 1000)
+    close(cohort(scenario).train(trainer="vectorised"), with_tapes, 1e-5)
+    assert len(recorded) <= 3
 
 
 def test_a_schedule_waits_for_clients_that_need_the_same():
