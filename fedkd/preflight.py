@@ -40,7 +40,7 @@ WHOLE = 0.25
 MARGIN = 1.1
 """How many times as fast the vectorised trainer must be to be chosen: bits depend on it, and noise must not decide."""
 
-AGAIN, SECONDS, UNCLEAR = 3, 0.4, (0.6, 1.25)
+AGAIN, SECONDS, UNCLEAR = 3, 0.3, (0.6, 1.25)
 """Trainers are compared so often while it takes less than so many seconds, and the sequential one takes neither less
 nor more times as long as the vectorised one; the median counts. On CPUs all workers do it at once: what a trainer gains
 differs where they share caches and memory."""
