@@ -21,6 +21,7 @@ FLOOR = {
     "optimizers",
     "caches",
     "graphs",
+    "tapes",
     "garbage",
 }
 BASE = FLOOR | {"codecs", "scenario", "options", "payloads", "plugins", "models", "losses", "data"}
@@ -64,6 +65,7 @@ ARROWS: dict[str, set[str]] = {
     "optimizers": set(),
     "caches": set(),
     "graphs": set(),
+    "tapes": set(),
     "garbage": set(),
     "kept": set(),
     "libraries": {"garbage"},
