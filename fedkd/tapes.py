@@ -1,9 +1,9 @@
 """Tapes: work on a CPU recorded once as the operations that it consists of, and done again without anything else.
 
-For a training step of a small model, PyTorch takes longer to find out what to compute (modules, `vmap`, autograd) than
-to compute it. A tape keeps the operations that arrive at the kernels and calls them again with other inputs. It leaves
-out what computes nothing (views that change nothing) or always the same, and goes along a gradient while that is
-computed, so that it need not be written to memory and read again. There rounding differs from that of the work itself.
+PyTorch takes about as long to find out what a training step of a small model computes (modules, `vmap`, autograd) as to
+compute it. A tape keeps the operations that arrive at the kernels and calls them again with other inputs. It leaves out
+what computes nothing (views that change nothing) or always the same, and goes along a gradient while that is computed,
+so that it need not be written to memory and read again. There rounding differs from that of the work itself.
 """
 
 from __future__ import annotations
@@ -282,7 +282,7 @@ def _without_copies(calls: Sequence[_Call], written: set[int]) -> list[_Call]:
         call = call.with_args(lambda value: before.get(id(value), value))
         same = None
         if call.single and not call.writes:
-            same = next((one for one in call.tensors() if _same(one, call.out[0])), None)
+            same = next((one for one in call.tensors() if same_memory(one, call.out[0])), None)
             if _times_one(call) and written.isdisjoint(map(_memory, (call.args[0], call.out[0]))):
                 same = call.args[0]
         if same is None:
@@ -313,9 +313,9 @@ def _along_gradients(calls: Sequence[_Call]) -> list[_Call]:
         users = [number for number, user in enumerate(calls) if user.touches(_memory(product))]
         views = [calls[user] for user in users if user != place]
         between = [each for each in calls[begin : place + 1] if each.writes]
-        turned = _same(gradient, product.mT)
+        turned = same_memory(gradient, product.mT)
         if (
-            (turned or _same(gradient, product))
+            (turned or same_memory(gradient, product))
             and (weight.shape, weight.dtype) == (gradient.shape, gradient.dtype)
             and users[-1] == place
             and not any(view.writes or _memory(view.out[0]) != _memory(product) for view in views)
@@ -354,13 +354,14 @@ def _picking(places: Sequence[int]) -> Callable[[list[Any]], tuple[Any, ...]]:
     return lambda slots: tuple(slots[place] for place in places)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def same_memory(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same numbers in the same memory."""
-    seen = [
-        (_memory(each), each.shape, each.stride(), each.storage_offset(), each.dtype, each.is_conj(), each.is_neg())
-        for each in (one, other)
-    ]
-    return seen[0] == seen[1] and one.numel() > 0
+    return one is other or (
+        one.data_ptr() == other.data_ptr()
+        and (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+        and (one.is_conj(), one.is_neg()) == (other.is_conj(), other.is_neg())
+        and one.numel() > 0
+    )
 
 
 def _memory(tensor: Tensor) -> int:

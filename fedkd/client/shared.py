@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fedkd.client.optimizers import make_optimizer
-from fedkd.client.stacks import same_memory
 from fedkd.models.base import bare_forward, has_hooks
 from fedkd.optimizers import Optimizer
 from fedkd.payloads import State, Weights
 from fedkd.students import has_batch_norm, travelling
+from fedkd.tapes import same_memory
 
 if TYPE_CHECKING:
     from fedkd.client.student import Student

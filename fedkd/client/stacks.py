@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fedkd.tapes import same_memory
+
 
 class CannotVectorise(Exception):
     """Clients cannot be computed together; says why."""
@@ -153,15 +155,6 @@ def transposed_weights(module: nn.Module) -> set[str]:
     """
     layers = [name for name, layer in module.named_modules() if type(layer) is nn.Linear]
     return {f"{name}.weight".lstrip(".") for name in layers}
-
-
-def same_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same numbers in the same memory."""
-    return one is other or (
-        one.data_ptr() == other.data_ptr()
-        and (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
-        and one.numel() > 0
-    )
 
 
 PINNED = 1 << 28
